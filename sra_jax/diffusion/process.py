@@ -1,0 +1,29 @@
+"""What the train step and the tools ask of a noise process; they never ask which one it is."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import jax
+
+Denoiser = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+"""`denoise(x, t, y) -> prediction`: x (B,H,W,C), t (B,) in the process's time, y (B,) labels; (B,H,W,C_out)."""
+
+
+class Process(Protocol):
+    """A forward noise process with its training loss and its samplers. Pure functions; instances are hashable."""
+
+    def output_channels(self, channels: int) -> int:
+        """Channels that the network predicts for latents of `channels` channels."""
+
+    def sample_time(self, key: jax.Array, batch: int) -> jax.Array:
+        """Training times (batch,), float32 or int32."""
+
+    def teacher_time(self, key: jax.Array, t: jax.Array, interval: tuple[float, float]) -> jax.Array:
+        """A less noisy time s <= t for each t (B,): t minus a uniform draw from `interval`, a fraction of the whole
+        time range, truncated at the least noisy time."""
+
+    def perturb(self, x0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
+        """x_t (B,H,W,C) of clean latents x0 and standard normal noise."""
+
+    def loss(self, prediction: jax.Array, x0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
+        """The denoising loss of each example (B,) float32, from the network's prediction (B,H,W,C_out) at x_t."""
