@@ -394,3 +394,17 @@ def _check_sampling(config: ConfigDict, process: Process) -> None:
         )
     _at_least(config, 1, "sampling.preview_classes", "sampling.preview_per_class")
     sampler.check(process, sampling)
+
+
+def from_flag(value: Any) -> ConfigDict:
+    """The config that `config_flags.DEFINE_config_file` made of --config and its overrides.
+
+    Raises:
+      UserError: no recipe was given, or its file cannot be used.
+    """
+    if value is None:
+        raise UserError("--config is missing: name a recipe, such as --config=configs/digits.py")
+    try:
+        return value.copy_and_resolve_references()
+    except Exception as error:  # the flag keeps whatever loading the file raised until it is used
+        raise UserError(f"--config cannot be used: {error}") from error

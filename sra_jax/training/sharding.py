@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -90,3 +91,19 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
     """This process's rows of a batch -> global arrays split over the mesh."""
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+
+
+def put_rows(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """A global batch that every process holds whole -> global arrays split over the mesh."""
+    split = batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_callback(array.shape, split, lambda index, array=array: array[index])
+        for name, array in batch.items()
+    }
+
+
+def gather(array: jax.Array) -> np.ndarray:
+    """A global array as NumPy, whole, on every process."""
+    if array.is_fully_addressable:
+        return np.asarray(jax.device_get(array))
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
