@@ -12,16 +12,14 @@ that holds a run goes on where it stopped.
 Exit codes: 0 done, 1 the run failed (a loss that is not finite), 2 bad input.
 """
 
-import os
 from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-
 from sra_jax import cli
 from sra_jax import config as config_lib
+from sra_jax.training.loop import train
 
 FLAGS = flags.FLAGS
 CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe: configs/NAME.py, or configs/NAME.py:VARIANT.")
@@ -34,8 +32,6 @@ ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
 def main() -> None:
     """Flags to `train`."""
     config = config_lib.from_flag(CONFIG.value)
-    from sra_jax.training.loop import train
-
     train(config, Path(WORKDIR.value or Path("runs") / config.name), ALLOW_CONFIG_CHANGE.value)
 
 

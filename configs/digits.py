@@ -18,13 +18,13 @@ def get_config(variant: str | None = None) -> ConfigDict:
         raise ValueError(f"configs/digits.py has no variant {variant!r}")
     config = config_lib.default()
     config.name = "digits"
-    config.steps = 3000
+    config.steps = 2000
     config.batch_size = 64
     config.log_every, config.sample_every, config.checkpoint_every = 50, 1000, 500
     config.data.update(name="digits", image_size=8, channels=1, num_classes=10)
-    config.model.update(patch=2, depth=6, width=96, heads=4, remat="none")
+    config.model.update(patch=2, depth=6, width=96, heads=4, remat="block")
     config.alignment.update(student_block=2, teacher_block=4)
-    config.optimizer.update(learning_rate=2e-3, warmup_steps=100, schedule="cosine")
+    config.optimizer.update(learning_rate=2e-3, warmup_steps=100)
     config.ema.decay = 0.99
-    config.sampling.update(sampler="sde", steps=100, guidance_scale=1.5)
+    config.sampling.update(sampler="sde", steps=50, guidance_scale=1.5)
     return config.lock()

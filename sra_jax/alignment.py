@@ -101,8 +101,8 @@ class Alignment:
         """Raises `UserError` where the values cannot work with a network of `depth` blocks."""
         if not 1 <= self.student_block <= depth:
             raise UserError(
-                f"alignment.student_block={self.student_block} is not a block: allowed 1..{depth} (model.depth={depth}); "
-                "the paper uses 3 for B, 6 for L, 8 for XL"
+                f"alignment.student_block={self.student_block} is not a block: allowed 1..{depth} (model.depth); the "
+                "paper uses 3 for B, 6 for L, 8 for XL"
             )
         if self.teacher_block > depth:
             raise UserError(
@@ -130,8 +130,8 @@ class Alignment:
         if self.weight_decay_start < 0 or self.weight_decay_steps < 1 or self.weight_decay_stair < 1:
             raise UserError(
                 f"alignment.weight_decay_start={self.weight_decay_start}, "
-                f"weight_decay_steps={self.weight_decay_steps}, weight_decay_stair={self.weight_decay_stair}: the start "
-                "is a step from 0, the other two are numbers of steps from 1"
+                f"weight_decay_steps={self.weight_decay_steps}, weight_decay_stair={self.weight_decay_stair}: the "
+                "start is a step from 0, the other two are numbers of steps from 1"
             )
         low, high = self.interval
         if not 0 <= low <= high <= 1:

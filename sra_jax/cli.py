@@ -1,11 +1,16 @@
 """The frame around every command: flags are parsed, the job runs, bad input ends with one clear message."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
 
 from sra_jax.errors import RunError, UserError
+
+# TensorFlow, which clu and tensorflow-datasets import, greets with warnings about what it was not built for.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
@@ -48,6 +53,9 @@ def run(main: Callable[[], int | None], argv: Sequence[str] | None = None) -> No
             return flags.FLAGS(arguments)
         except (flags.Error, UserError) as error:
             message = str(error)
+            if "Traceback" in message and (reason := message.strip().splitlines()[-1]).startswith("ValueError: "):
+                # A recipe refuses its variant with a ValueError, which config flags wrap in its whole traceback.
+                message = f"{message.split(': ')[0]}: {reason.removeprefix('ValueError: ')}"
         except (AttributeError, KeyError) as error:  # how config flags speak of a key that the recipe does not have
             detail = str(error.args[0]).replace("\n", "; ")
             message = f"--config has no key {detail}; sra_jax/config.py lists every key"

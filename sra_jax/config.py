@@ -28,7 +28,7 @@ EMA_SCHEDULES = ("constant", "cosine")
 
 FREE_KEYS = (
     "steps", "epochs", "examples", "log_every", "sample_every", "checkpoint_every", "keep", "accumulation",
-    "data.path", "data.workers", "data.vae", "mesh", "model.remat", "sampling", "evaluation",
+    "data.path", "data.workers", "mesh", "model.remat", "sampling", "evaluation",
 )  # fmt: skip
 """Keys, or groups of keys, that a resumed run may change: they move no number beyond float32 rounding. The length of
 the run is free as long as no schedule depends on it."""
@@ -60,7 +60,6 @@ def default() -> ConfigDict:
                 "image_size": 32,  # height and width that the model sees
                 "channels": 4,
                 "num_classes": 1000,
-                "vae": "",  # autoencoder of sets of latents: a folder or a Hugging Face id; empty: the one they name
                 "workers": 0,  # processes that read ahead; 0 reads in threads
             },
             "model": {
@@ -348,7 +347,8 @@ def _check_model(config: ConfigDict) -> None:
         )
     if model.width % model.heads or model.width % 4:
         raise UserError(
-            f"model.width={model.width} must be divisible by model.heads={model.heads} and, for the position table, by 4"
+            f"model.width={model.width} must be divisible by model.heads={model.heads} and, for the position table, "
+            "by 4"
         )
 
 

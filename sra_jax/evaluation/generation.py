@@ -36,7 +36,9 @@ def labels_for(indices: np.ndarray, scheme: str | Sequence[int], num_classes: in
         keys = jax.vmap(lambda i: jax.random.fold_in(_sample_key(seed, i), LABEL_STREAM))(jnp.asarray(indices))
         return np.asarray(jax.vmap(lambda key: jax.random.randint(key, (), 0, num_classes))(keys), np.int32)
     if isinstance(scheme, str):
-        raise UserError(f"labels={scheme!r} is unknown; allowed: balanced, uniform, or class numbers such as 3 or 1,5,7")
+        raise UserError(
+            f"labels={scheme!r} is unknown; allowed: balanced, uniform, or class numbers such as 3 or 1,5,7"
+        )
     wrong = [label for label in scheme if not 0 <= label < num_classes]
     if wrong or not scheme:
         raise UserError(f"labels={','.join(map(str, wrong or scheme))}: classes run from 0 to {num_classes - 1}")

@@ -71,11 +71,11 @@ def define_sampling_flags() -> None:
     """Flags of every tool that samples; each replaces the run's own value."""
     flags.DEFINE_string("sampler", None, "Sampler of the run's family, such as sde, ode or heun; default: the run's.")
     flags.DEFINE_string("sampling_steps", None, "Steps of the sampler; default: the run's.")
-    flags.DEFINE_float("guidance_scale", None, "Guidance scale, at least 1; 1 turns guidance off; default: the run's.")
+    flags.DEFINE_float("guidance_scale", None, "At least 1; 1 turns guidance off; default: the run's.")
     flags.DEFINE_list(
-        "guidance_interval", None, "Guide where low <= t <= high, fractions of the time range: 0,0.7; default: the run's."
+        "guidance_interval", None, "Guide where low <= t <= high, fractions of the time range; default: the run's."
     )
-    flags.DEFINE_integer("guidance_channels", None, "Guide the first so many channels; 0 guides all; default: the run's.")
+    flags.DEFINE_integer("guidance_channels", None, "Guide the first so many channels; 0: all; default: the run's.")
 
 
 def sampling_overrides() -> dict[str, Any]:

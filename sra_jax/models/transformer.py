@@ -139,9 +139,9 @@ class Attention(nnx.Module):
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         self.config = config
         head_width = config.width // config.heads
-        options = dict(kernel_init=xavier_uniform, dtype=config.dtype, precision=config.precision, rngs=rngs)
-        self.qkv = nnx.LinearGeneral(config.width, (3, config.heads, head_width), **options)
-        self.out = nnx.LinearGeneral((config.heads, head_width), config.width, axis=(-2, -1), **options)
+        options = {"kernel_init": xavier_uniform, "dtype": config.dtype, "precision": config.precision}
+        self.qkv = nnx.LinearGeneral(config.width, (3, config.heads, head_width), rngs=rngs, **options)
+        self.out = nnx.LinearGeneral((config.heads, head_width), config.width, axis=(-2, -1), rngs=rngs, **options)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         config = self.config

@@ -36,9 +36,7 @@ class Checkpoints:
         self._open()
 
     def _open(self) -> None:
-        self._manager = ocp.CheckpointManager(
-            self.directory, options=self._options, item_names=(*TREES, "meta"),
-        )  # fmt: skip
+        self._manager = ocp.CheckpointManager(self.directory, options=self._options, item_names=(*TREES, "meta"))
 
     def steps(self) -> list[int]:
         """Steps that are saved, ascending."""
@@ -108,7 +106,8 @@ class Checkpoints:
           UserError: it cannot be read, or its shapes are not those of `abstract`.
         """
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(**{name: ocp.args.StandardRestore(abstract)}))[name]
+            wanted = ocp.args.Composite(**{name: ocp.args.StandardRestore(abstract)})
+            return self._manager.restore(step, args=wanted)[name]
         except Exception as error:
             raise UserError(
                 f"{name} of checkpoint {self.directory / str(step)} cannot be read: {str(error)[:500]}"

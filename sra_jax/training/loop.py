@@ -240,7 +240,8 @@ def _run(
             last = step + 1 == steps
             if last or (step + 1) % config.checkpoint_every == 0:
                 journal.read()  # a state is saved only once its losses are known to be finite
-                checkpoints.save(state, {"step": step + 1, "config": config.to_dict(), "data": {"next_batch": step + 1}})
+                position = {"next_batch": step + 1}  # all the state that the stream of batches has
+                checkpoints.save(state, {"step": step + 1, "config": config.to_dict(), "data": position})
             if previews and (last or (step + 1) % config.sample_every == 0):
                 journal.read()
                 picture = previews.write(state.ema, step + 1)
@@ -268,7 +269,7 @@ class Journal:
         self._since, self._counted = time.perf_counter(), 0
 
     def add(self, step: int, metrics: Metrics) -> None:
-        """Take the metrics of a step that has been dispatched; read the older ones where a logged step is among them."""
+        """Take the metrics of a dispatched step; read the older ones where a logged step is among them."""
         if self._due:
             self.read()
         logged = step % self._config.log_every == 0

@@ -44,7 +44,9 @@ class Networks:
         if alignment is not None and alignment.head:
             makers["head"] = lambda rngs: Head(shape, rngs=rngs)
         self._makers = makers
-        self._graphs = {name: nnx.graphdef(nnx.eval_shape(lambda m=make: m(nnx.Rngs(0)))) for name, make in makers.items()}
+        self._graphs = {
+            name: nnx.graphdef(nnx.eval_shape(lambda make=make: make(nnx.Rngs(0)))) for name, make in makers.items()
+        }
 
     def init(self, key: jax.Array) -> Params:
         """Fresh parameters, float32."""
@@ -79,7 +81,7 @@ def learning_rate(config: ConfigDict, steps: int) -> optax.Schedule:
 
 
 def ema_decay(config: ConfigDict, steps: int) -> Callable[[jax.Array], jax.Array]:
-    """Decay by step: constant, or 1 - (1 - decay) (cos(pi step / steps) + 1) / 2, which ends at 1 (Grill et al., 2020)."""
+    """EMA decay by step: constant, or from `decay` to 1 as 1 - (1 - decay) (cos(pi step / steps) + 1) / 2 (BYOL)."""
     decay = config.ema.decay
     if config.ema.schedule == "constant":
         return lambda step: jnp.float32(decay)

@@ -1,0 +1,33 @@
+import numpy as np
+import pytest
+
+from sra_jax.errors import UserError
+from sra_jax.evaluation.generation import labels_for
+from sra_jax.evaluation.pictures import grid
+
+
+def test_balanced_labels_take_classes_in_turn():
+    np.testing.assert_array_equal(labels_for(np.arange(5, 12), "balanced", 3, seed=0), [2, 0, 1, 2, 0, 1, 2])
+
+
+def test_uniform_labels_depend_on_seed_and_index():
+    many = labels_for(np.arange(5000), "uniform", 4, seed=1)
+    np.testing.assert_array_equal(many[100:110], labels_for(np.arange(100, 110), "uniform", 4, seed=1))
+    assert np.all(np.abs(np.bincount(many, minlength=4) / 5000 - 0.25) < 0.03)
+    assert not np.array_equal(many, labels_for(np.arange(5000), "uniform", 4, seed=2))
+
+
+def test_listed_labels_are_repeated():
+    np.testing.assert_array_equal(labels_for(np.arange(5), [7, 2], 8, seed=0), [7, 2, 7, 2, 7])
+    with pytest.raises(UserError, match="classes run from 0 to 7"):
+        labels_for(np.arange(5), [8], 8, seed=0)
+
+
+def test_grid_places_images_row_by_row():
+    images = np.arange(6, dtype=np.uint8)[:, None, None, None] * np.ones((1, 60, 60, 3), np.uint8)
+    picture = grid(images, columns=2)
+    assert picture.shape == (3 * 62 + 2, 2 * 62 + 2, 3)
+    assert [picture[2 + 62 * r, 2 + 62 * c, 0] for r in range(3) for c in range(2)] == [0, 1, 2, 3, 4, 5]
+    assert picture[0, 0, 0] == 255
+
+
