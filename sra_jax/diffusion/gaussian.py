@@ -107,20 +107,26 @@ class GaussianDiffusion:
 
     def __post_init__(self):
         if self.schedule not in SCHEDULES:
-            raise UserError(f"schedule={self.schedule!r} is unknown; allowed are {', '.join(SCHEDULES)}")
+            raise UserError(f"process.schedule={self.schedule!r} is unknown; allowed: {', '.join(SCHEDULES)}")
         if self.variance not in VARIANCES:
-            raise UserError(f"variance={self.variance!r} is unknown; allowed are {', '.join(VARIANCES)}")
+            raise UserError(f"process.variance={self.variance!r} is unknown; allowed: {', '.join(VARIANCES)}")
         # 20 linear steps or fewer would need a last beta of 1 or more.
         fewest = 21 if self.schedule == "linear" else 2
         if not _is_integer(self.num_steps) or self.num_steps < fewest:
             raise UserError(
-                f"num_steps={self.num_steps!r} is impossible: the {self.schedule} schedule needs an integer of at "
-                f"least {fewest}; DiT trains on 1000. To sample in fewer steps, set the sampler's steps"
+                f"process.num_steps={self.num_steps!r} is impossible: the {self.schedule} schedule needs an integer of "
+                f"at least {fewest}; DiT trains on 1000. To sample in fewer steps, lower sampling.steps"
             )
         if not _is_integer(self.teacher_time_min) or self.teacher_time_min not in (0, 1):
             raise UserError(
-                f"teacher_time_min={self.teacher_time_min!r}: allowed are 1 (the SRA authors' code) and 0 (their paper)"
+                f"process.teacher_time_min={self.teacher_time_min!r} is impossible; allowed: 1 (as in the SRA authors' "
+                "code) and 0 (as in their paper)"
             )
+
+    @property
+    def time_extent(self) -> float:
+        """T: fractions of the time range refer to it."""
+        return float(self.num_steps)
 
     @property
     def coefficients(self) -> Coefficients:
@@ -160,8 +166,8 @@ class GaussianDiffusion:
         low, high = interval
         if not 0 <= low <= high <= 1:
             raise UserError(
-                f"teacher time interval ({low}, {high}): need 0 <= low <= high <= 1, as fractions of the "
-                f"{self.num_steps} timesteps; the paper draws from (0, 0.2)"
+                f"alignment.interval=({low}, {high}) is out of range: 0 <= low <= high <= 1 are fractions of the "
+                f"{self.num_steps} timesteps; the paper uses (0.0, 0.2)"
             )
         # Binary fractions fall short of decimal ones: 0.29 * 100 < 29.
         first, stop = (math.floor(fraction * self.num_steps + 1e-6) for fraction in (low, high))
@@ -330,19 +336,19 @@ def respaced_timesteps(num_steps: int, steps: int | str | Sequence[int]) -> np.n
     counts = _section_counts(steps)
     if sum(counts) > num_steps:
         raise UserError(
-            f"steps={steps!r} asks for {sum(counts)} sampling steps, but the process has {num_steps}: "
+            f"sampling.steps={steps!r} asks for {sum(counts)} sampling steps, but the process has {num_steps}: "
             f"choose at most {num_steps}"
         )
     if sum(counts) < 2:
-        raise UserError(f"steps={steps!r}: sampling needs at least 2 steps; DiT is evaluated with 250")
+        raise UserError(f"sampling.steps={steps!r}: sampling needs at least 2 steps; DiT is evaluated with 250")
     kept: list[int] = []
     start = 0
     for section, count in enumerate(counts):
         size = num_steps // len(counts) + (section < num_steps % len(counts))
         if count > size:
             raise UserError(
-                f"steps={steps!r}: section {section + 1} of {len(counts)} has {size} of the {num_steps} timesteps and "
-                f"cannot keep {count}; each section keeps at most its length"
+                f"sampling.steps={steps!r}: section {section + 1} of {len(counts)} has {size} of the {num_steps} "
+                f"timesteps and cannot keep {count}; each section keeps at most its length"
             )
         stride = (size - 1) / (count - 1) if count > 1 else 1.0
         # Summed in floating point, ties to even: as the published chains were made.
@@ -377,7 +383,7 @@ def _strided_timesteps(num_steps: int, steps: str) -> np.ndarray:
         more = [kept for kept in strides if kept > int(count)]
         nearest = [f"ddim{kept}" for kept in (*sorted(fewer)[-1:], *sorted(more)[:1])]
         raise UserError(
-            f"steps={steps!r}: no whole stride keeps exactly {count} of the {num_steps} timesteps; "
+            f"sampling.steps={steps!r}: no whole stride keeps exactly {count} of the {num_steps} timesteps; "
             f"nearest: {' or '.join(nearest)}"
         )
     return np.arange(0, num_steps, strides[int(count)], dtype=np.int32)
@@ -385,8 +391,8 @@ def _strided_timesteps(num_steps: int, steps: str) -> np.ndarray:
 
 def _unreadable(steps: object) -> UserError:
     return UserError(
-        f"steps={steps!r} is no step count: allowed are a positive integer (250), one for each of several sections "
-        "('10,15,20'), and 'ddim' with a positive integer ('ddim25')"
+        f"sampling.steps={steps!r} is no step count; allowed: a positive integer (250), one for each of several "
+        "sections ('10,15,20'), or 'ddim' with a positive integer ('ddim25')"
     )
 
 

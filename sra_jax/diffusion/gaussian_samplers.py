@@ -6,12 +6,13 @@ host. The state is float32.
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sra_jax.diffusion.gaussian import Coefficients, GaussianDiffusion, at, predicted_x0
+from sra_jax.diffusion.gaussian import Coefficients, GaussianDiffusion, at, predicted_x0, respaced_timesteps
 from sra_jax.diffusion.guidance import Guidance, loop
 from sra_jax.diffusion.process import Denoiser
 from sra_jax.errors import UserError
@@ -78,8 +79,7 @@ def ddim(
     Raises:
       UserError: as for `ddpm`, or eta outside of [0, 1].
     """
-    if not 0 <= eta <= 1:
-        raise UserError(f"eta={eta} is impossible: allowed are 0 (deterministic DDIM) .. 1 (as noisy as DDPM)")
+    _check_eta(eta)
 
     def move(tables: Coefficients, x: jax.Array, position: jax.Array, prediction: jax.Array, i: jax.Array) -> jax.Array:
         predicted_noise, _ = process.split(prediction, x.shape[-1])
@@ -90,6 +90,22 @@ def ddim(
         return x + at(np.sqrt(variance), position) * step_noise(i) if eta > 0 else x
 
     return _descend(process, denoise, noise, labels, move, steps, guidance)
+
+
+def check_ddpm(process: GaussianDiffusion, sampling: Any) -> None:
+    """Raises `UserError` where `ddpm` cannot run with `sampling.steps`."""
+    respaced_timesteps(process.num_steps, sampling.steps)
+
+
+def check_ddim(process: GaussianDiffusion, sampling: Any) -> None:
+    """Raises `UserError` where `ddim` cannot run with `sampling.steps` and `sampling.eta`."""
+    check_ddpm(process, sampling)
+    _check_eta(sampling.eta)
+
+
+def _check_eta(eta: float) -> None:
+    if not 0 <= eta <= 1:
+        raise UserError(f"sampling.eta={eta} is out of range: 0 (deterministic) <= eta <= 1 (as noisy as DDPM)")
 
 
 def _descend(
@@ -106,7 +122,7 @@ def _descend(
     channels = noise.shape[-1]
     if guidance.channels is not None and not 1 <= guidance.channels <= channels:
         raise UserError(
-            f"guidance channels={guidance.channels} is impossible for latents of {channels} channels: allowed are "
+            f"guidance.channels={guidance.channels} is impossible for latents of {channels} channels; allowed: "
             f"1 .. {channels}, or None for all; published DiT results guide 3 of 4"
         )
     if guidance.channels is None and process.output_channels(channels) > channels:

@@ -47,10 +47,11 @@ def test_posterior_is_that_of_bayes():
     np.testing.assert_allclose(tables.posterior_mean_coef2[i], np.sqrt(1 - beta) / beta / precision, rtol=1e-9)
 
 
-def test_tables_are_shared_and_read_only():
+def test_processes_are_values_with_shared_read_only_tables():
     process = GaussianDiffusion()
     assert process.coefficients is GaussianDiffusion().coefficients
     assert hash(process) == hash(GaussianDiffusion())
+    assert process.time_extent == 1000
     with pytest.raises(ValueError, match="read-only"):
         process.coefficients.betas[0] = 0.5
 
@@ -203,13 +204,13 @@ def test_teacher_time_rejects_an_impossible_interval(interval):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"schedule": "cos"}, "'cos' is unknown; allowed are linear, cosine"),
-        ({"variance": "learned"}, "'learned' is unknown; allowed are learned_range"),
+        ({"schedule": "cos"}, "'cos' is unknown; allowed: linear, cosine"),
+        ({"variance": "learned"}, "'learned' is unknown; allowed: learned_range"),
         ({"num_steps": 20}, "at least 21"),
         ({"num_steps": 1, "schedule": "cosine"}, "at least 2"),
         ({"num_steps": 1000.0}, "integer"),
-        ({"teacher_time_min": 2}, "allowed are 1"),
-        ({"teacher_time_min": True}, "allowed are 1"),
+        ({"teacher_time_min": 2}, "allowed: 1"),
+        ({"teacher_time_min": True}, "allowed: 1"),
     ],
 )
 def test_impossible_parameters_are_refused(arguments, message):

@@ -1,12 +1,14 @@
 """DDPM and DDIM on data whose best denoiser is known: x0 ~ N(MEAN, STD^2), independently for each latent."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from sra_jax.diffusion.gaussian import GaussianDiffusion
-from sra_jax.diffusion.gaussian_samplers import ddim, ddpm
+from sra_jax.diffusion.gaussian_samplers import check_ddim, check_ddpm, ddim, ddpm
 from sra_jax.diffusion.guidance import Guidance
 from sra_jax.errors import UserError
 
@@ -195,8 +197,8 @@ def test_state_is_float32_whatever_the_network_computes_in():
     [
         (ddpm, {"steps": 1001}, "at most 1000"),
         (ddim, {"steps": "ddim300"}, "ddim250 or ddim334"),
-        (ddim, {"steps": 10, "eta": 1.5}, "eta=1.5 is impossible"),
-        (ddim, {"steps": 10, "eta": float("nan")}, "eta=nan is impossible"),
+        (ddim, {"steps": 10, "eta": 1.5}, "eta=1.5 is out of range"),
+        (ddim, {"steps": 10, "eta": float("nan")}, "eta=nan is out of range"),
         (ddpm, {"steps": 10, "guidance": Guidance(null_label=7, scale=2.0, channels=5)}, "1 .. 4, or None"),
         (ddpm, {"steps": 10, "guidance": Guidance(null_label=7, scale=2.0, channels=0)}, "1 .. 4, or None"),
     ],
@@ -211,3 +213,15 @@ def test_impossible_options_are_refused_before_the_network_runs(sampler, options
             GaussianDiffusion(), denoise, start, jnp.zeros(1, jnp.int32), lambda i: start,
             **{"guidance": UNGUIDED, **options},
         )
+
+
+def test_checks_accept_what_the_samplers_run_and_refuse_what_they_refuse():
+    process = GaussianDiffusion()
+    for steps in (250, "10,15,20", "ddim25"):
+        check_ddpm(process, SimpleNamespace(steps=steps))
+        check_ddim(process, SimpleNamespace(steps=steps, eta=0.5))
+    for check in (check_ddpm, check_ddim):
+        with pytest.raises(UserError, match="at most 1000"):
+            check(process, SimpleNamespace(steps=1001, eta=0.0))
+    with pytest.raises(UserError, match="eta=-1 is out of range"):
+        check_ddim(process, SimpleNamespace(steps=10, eta=-1))
