@@ -6,13 +6,15 @@ from typing import Any
 
 import jax
 
-from sra_jax.diffusion import flow_samplers
+from sra_jax.diffusion import flow_samplers, gaussian_samplers
+from sra_jax.diffusion.gaussian import GaussianDiffusion
 from sra_jax.diffusion.interpolant import Interpolant
 from sra_jax.diffusion.process import Process
 from sra_jax.errors import UserError
 
 PROCESSES: dict[str, Callable[..., Process]] = {
     "interpolant": Interpolant,
+    "gaussian": GaussianDiffusion,
 }
 
 
@@ -42,6 +44,8 @@ SAMPLERS: dict[str, Sampler] = {
     "ode": Sampler("interpolant", flow_samplers.euler, _whole_steps),
     "heun": Sampler("interpolant", flow_samplers.heun, _whole_steps),
     "sde": Sampler("interpolant", flow_samplers.euler_maruyama, _whole_steps),
+    "ddpm": Sampler("gaussian", gaussian_samplers.ddpm, gaussian_samplers.check_ddpm),
+    "ddim": Sampler("gaussian", gaussian_samplers.ddim, gaussian_samplers.check_ddim, {"eta": 0.0}),
 }
 
 
