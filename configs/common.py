@@ -40,32 +40,50 @@ def smoke(config: ConfigDict) -> ConfigDict:
     config.data.update(name="synthetic", image_size=16, channels=4, num_classes=10, workers=0)
     config.model.update(depth=4, width=64, heads=4, remat="none")
     config.alignment.update(student_block=1, teacher_block=3)
-    config.sampling.update(steps=10, preview_per_class=2)
+    config.sampling.update(steps=type(config.sampling.steps)(10), preview_per_class=2)
     config.mesh.update(data=-1, fsdp=1)
     return config
 
 
-def imagenet_latents(config: ConfigDict, image_size: int) -> None:
-    """ImageNet as SD-VAE latents: an eighth of the image's side, 4 channels."""
-    config.data.update(name="latents", image_size=image_size // 8, channels=4, num_classes=1000, workers=8)
-
-
-def sit(size: str, name: str, student_block: int, teacher_block: int, image_size: int = 256) -> ConfigDict:
-    """The paper's SiT + SRA recipe: everything but the length of the run and guidance."""
+def paper(size: str, name: str, student_block: int, teacher_block: int, image_size: int) -> ConfigDict:
+    """What the paper's SiT and DiT recipes share; the weight of the alignment is the family's."""
     config = config_lib.default()
     config.name = name
     config.batch_size = BATCH_SIZE
     config.dtype = "bfloat16"
-    imagenet_latents(config, image_size)
+    config.data.update(name="latents", image_size=image_size // 8, channels=4, num_classes=1000, workers=8)
     config.model.update(SIZES[size], patch=2, remat="block")
+    # The authors lower the weight by a tenth over so many epochs, once an epoch, after a first stretch.
     first_epoch, tenfold = (149, 1000) if image_size == 256 else (99, 800)
     config.alignment.update(
         student_block=student_block, teacher_block=teacher_block, interval=(0.0, 0.2), distance="smooth_l1", beta=0.05,
-        weight=0.2, weight_schedule="decay", weight_decay_start=first_epoch * STEPS_PER_EPOCH,
+        weight_schedule="decay", weight_decay_start=first_epoch * STEPS_PER_EPOCH,
         weight_decay_steps=tenfold * STEPS_PER_EPOCH, weight_decay_stair=STEPS_PER_EPOCH,
     )  # fmt: skip
     config.optimizer.update(learning_rate=1e-4, clip_norm=1.0)
     config.ema.decay = 0.9999
-    config.sampling.update(sampler="sde", steps=250)
     config.log_every, config.sample_every, config.checkpoint_every = 100, 25_000, 10_000
     return config
+
+
+def sit(size: str, name: str, student_block: int, teacher_block: int, image_size: int = 256) -> ConfigDict:
+    """The paper's SiT + SRA recipe: everything but the length of the run and guidance."""
+    config = paper(size, name, student_block, teacher_block, image_size)
+    config.alignment.weight = 0.2
+    config.sampling.update(sampler="sde", steps=250)
+    return config
+
+
+def dit(size: str, name: str, student_block: int, teacher_block: int, image_size: int = 256) -> ConfigDict:
+    """The paper's DiT + SRA recipe: everything but the length of the run and guidance."""
+    config = paper(size, name, student_block, teacher_block, image_size)
+    config.alignment.weight = 0.04
+    gaussian(config, steps="250")
+    return config
+
+
+def gaussian(config: ConfigDict, steps: str) -> None:
+    """Noise with DDPM instead of the flow, and sample with `steps` respaced steps (a number or a list of sections)."""
+    del config["sampling"]["steps"]
+    config.process = ConfigDict({"name": "gaussian", **config_lib.process_defaults("gaussian")})
+    config.sampling.update(sampler="ddpm", steps=steps, eta=0.0)

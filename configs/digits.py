@@ -2,6 +2,7 @@
 
     python main.py --config=configs/digits.py
     python tools/sample.py --workdir=runs/digits --num_samples=1000 --output=samples.npz --grid=grid.png
+    python main.py --config=configs/digits.py:dit     (the same with DDPM: workdir runs/digits_dit)
 
 Eight by eight grey pixels in 16 tokens, 1.3M parameters. The EMA is short because the run is: 0.9999 is for hundreds of
 thousands of steps.
@@ -9,13 +10,14 @@ thousands of steps.
 
 from ml_collections import ConfigDict
 
+from configs import common
 from sra_jax import config as config_lib
 
 
 def get_config(variant: str | None = None) -> ConfigDict:
-    """The recipe; there are no variants."""
-    if variant:
-        raise ValueError(f"configs/digits.py has no variant {variant!r}")
+    """The recipe, or its `dit` variant: DDPM with learned variance."""
+    if variant not in (None, "", "dit"):
+        raise ValueError(f"unknown variant {variant!r}; allowed: dit")
     config = config_lib.default()
     config.name = "digits"
     config.steps = 2000
@@ -27,4 +29,8 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.optimizer.update(learning_rate=2e-3, warmup_steps=100)
     config.ema.decay = 0.99
     config.sampling.update(sampler="sde", steps=50, guidance_scale=1.5)
+    if variant == "dit":
+        config.name = "digits_dit"
+        config.alignment.weight = 0.04
+        common.gaussian(config, steps="50")
     return config.lock()

@@ -71,6 +71,7 @@ def default() -> ConfigDict:
                 "mlp_ratio": 4.0,
                 "remat": "none",  # what the backward pass recomputes: none, dots, block
             },
+            # the family: interpolant (SiT) or gaussian (DiT); the other keys are the fields of its class
             "process": {"name": "interpolant", **process_defaults("interpolant")},
             "alignment": {
                 "enabled": True,  # False trains the baseline; no teacher is run

@@ -20,7 +20,8 @@ TINY_DIGITS = (
     "--config=configs/digits.py", "--config.model.width=32", "--config.model.depth=3", "--config.model.heads=2",
     "--config.alignment.student_block=1", "--config.alignment.teacher_block=2", "--config.batch_size=16",
     "--config.steps=24", "--config.optimizer.warmup_steps=0", "--config.log_every=4", "--config.checkpoint_every=6",
-    "--config.sample_every=0", "--config.sampling.steps=4", "--config.sampling.preview_per_class=2",
+    "--config.sample_every=0", "--config.ema.decay=0.8", "--config.sampling.steps=4",
+    "--config.sampling.preview_per_class=2",
 )  # fmt: skip
 """The digits recipe at a size that trains in a second after compilation."""
 

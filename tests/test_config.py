@@ -36,12 +36,16 @@ def test_smoke_variants_are_small(recipe):
 
 def test_paper_hyperparameters():
     """Method facts: blocks, batch, rates; the late decay of the weight starts at another epoch for 512 pixels."""
-    blocks = {"sit_b2": (3, 8), "sit_l2": (6, 16), "sit_xl2": (8, 20), "sit_xl2_512": (8, 20)}
+    blocks = {
+        "sit_b2": (3, 8), "sit_l2": (6, 16), "sit_xl2": (8, 20), "sit_xl2_512": (8, 20),
+        "dit_b2": (3, 7), "dit_l2": (6, 14), "dit_xl2": (8, 16),
+    }  # fmt: skip
     for recipe, (student, teacher) in blocks.items():
         config = load(recipe)
         assert (config.alignment.student_block, config.alignment.teacher_block) == (student, teacher)
         assert (config.batch_size, config.ema.decay, config.optimizer.learning_rate) == (256, 0.9999, 1e-4)
-        assert (config.alignment.weight, config.alignment.interval, config.alignment.beta) == (0.2, (0.0, 0.2), 0.05)
+        assert (config.alignment.interval, config.alignment.beta) == ((0.0, 0.2), 0.05)
+        assert config.alignment.weight == (0.2 if recipe.startswith("sit") else 0.04)
         start = 99 if recipe.endswith("512") else 149
         assert config.alignment.weight_decay_start == start * 5004
         assert config.data.image_size == (64 if recipe.endswith("512") else 32)

@@ -43,7 +43,8 @@ class TrainedModel:
         workdir = Path(workdir)
         self.config = config_lib.read(workdir / CONFIG)
         with self.config.unlocked():
-            self.config.sampling.update(sampling or {})
+            with self.config.sampling.ignore_type():  # DDPM's steps are a number or a list of sections
+                self.config.sampling.update(sampling or {})
             self.config.mesh.update(data=-1, fsdp=1)  # the run's own mesh may have been a pod
             self.config.accumulation = 1
             self.config.batch_size = jax.device_count()

@@ -1,0 +1,52 @@
+"""The PyTorch step that tools/benchmark.py measures against does the same arithmetic as ours."""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import sit_b2
+from sra_jax import config as config_lib
+from sra_jax.interop.pytorch import pytorch_from_params
+from sra_jax.training.state import Networks
+from sra_jax.training.step import sra_loss
+from tests.conftest import ROOT
+
+
+def peers():
+    spec = importlib.util.spec_from_file_location("benchmark_peers", ROOT / "tools" / "benchmark_peers.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("teacher", ["full", "truncated"])
+def test_peer_s_loss_is_ours(teacher):
+    config = sit_b2.get_config("smoke")
+    networks = Networks(config)
+    shapes = jax.eval_shape(networks.init, jax.random.key(0))
+    generator = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: generator.normal(0, 0.1, x.shape).astype(np.float32), shapes)
+    data, model, aligned = config.data, config.model, config.alignment
+    peer = peers().PeerStep(
+        {
+            "input_size": data.image_size, "patch": model.patch, "channels": data.channels, "width": model.width,
+            "depth": model.depth, "heads": model.heads, "hidden": 4 * model.width, "classes": data.num_classes,
+        },
+        pytorch_from_params(params, data.channels, data.image_size), student_block=aligned.student_block,
+        teacher_block=aligned.teacher_block, weight=aligned.weight, threads=1,
+    )  # fmt: skip
+    size = (3, data.image_size, data.image_size, data.channels)
+    example = {
+        "x0": generator.normal(size=size).astype(np.float32), "e": generator.normal(size=size).astype(np.float32),
+        "t": np.array([0.1, 0.5, 0.9], np.float32), "s": np.array([0.0, 0.4, 0.8], np.float32),
+        "y": np.array([0, 3, data.num_classes], np.int32),
+    }  # fmt: skip
+    ours, _ = sra_loss(
+        params, params, {k: jnp.asarray(v) for k, v in example.items()}, aligned.weight, networks=networks,
+        process=config_lib.process_of(config), alignment=config_lib.alignment_of(config),
+    )  # fmt: skip
+    theirs = peer.loss({k: v.transpose(0, 3, 1, 2).copy() if v.ndim == 4 else v for k, v in example.items()}, teacher)
+    assert float(theirs) == pytest.approx(float(ours), rel=1e-5)
