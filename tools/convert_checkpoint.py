@@ -118,9 +118,7 @@ def recipe(contents: families.Contents, file: TensorFile) -> ConfigDict:
     config = importlib.import_module(f"configs.{name if known else f'{family}_b2'}").get_config()
     with config.unlocked():
         config.name = name
-        config.data.update(
-            image_size=network.input_size, channels=network.channels, num_classes=network.num_classes
-        )
+        config.data.update(image_size=network.input_size, channels=network.channels, num_classes=network.num_classes)
         config.model.update(
             patch=network.patch, depth=depth, width=width, heads=network.heads, mlp_ratio=network.mlp_ratio
         )

@@ -58,7 +58,7 @@ def check_config(config: ConfigDict, contents: Contents) -> None:
         "output channels (process.name)": (wanted.output_channels, outputs),
         "alignment.enabled and .head": (config.alignment.enabled and config.alignment.head, contents.head),
     }  # fmt: skip
-    wrong = [f"{key}: {given} in the config, {there} in the file" for key, (given, there) in pairs.items() if given != there]
+    wrong = [f"{key}: {asked} in the config, {has} in the file" for key, (asked, has) in pairs.items() if asked != has]
     if wrong:
         raise UserError("the config does not describe the file:\n  " + "\n  ".join(wrong))
 

@@ -12,7 +12,6 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Mapping
-from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -131,13 +130,14 @@ def _family(file: TensorFile, shapes: Shapes, network: TransformerConfig, asked:
         return "sit", f"{outputs} output channels"
     if has_head(shapes):
         return "dit", f"{outputs} output channels and SRA's head"
-    for source, name in (("its arguments", str(file.arguments.get("model", ""))), ("its name", PurePath(file.path).name)):
+    told = {"its arguments": str(file.arguments.get("model", "")), "its name": file.path.name}
+    for source, name in told.items():
         for word, family in (("dit", "dit"), ("sit", "sit_original")):
             if name.lower().startswith(word):
                 return family, f"{outputs} output channels and {source} ({name})"
     raise UserError(
-        f"{file.path} has {outputs} output channels for {channels} latent channels and no SRA head: DiT and the original "
-        "SiT have the very same tensors. Say which it is: --family=dit or --family=sit_original"
+        f"{file.path} has {outputs} output channels for {channels} latent channels and no SRA head: DiT and the "
+        "original SiT have the very same tensors. Say which it is: --family=dit or --family=sit_original"
     )
 
 
@@ -169,8 +169,8 @@ def check_positions(file: TensorFile, network: TransformerConfig) -> None:
             (found,) = file.read(group, [POSITION_TABLE])
             if not np.abs(found - expected).max() <= POSITION_TOLERANCE:
                 raise UserError(
-                    f"{file.path}: tensor {POSITION_TABLE} of {group} is not the fixed 2-D sin-cos table of DiT and SiT; "
-                    "models with other positions are not supported"
+                    f"{file.path}: tensor {POSITION_TABLE} of {group} is not the fixed 2-D sin-cos table of DiT and "
+                    "SiT; models with other positions are not supported"
                 )
 
 

@@ -81,7 +81,7 @@ def depth_of(tensors: Mapping[str, Any]) -> int:
 
 
 def leaves(depth: int, head: bool) -> Iterator[tuple[str, list[str]]]:
-    """Every leaf of a parameter tree: its path, and the tensors that it is made of (one a block where it is stacked)."""
+    """Every leaf of a parameter tree: its path, and the tensors that it is made of, one a block where it is stacked."""
     kinds = (("weight", "kernel"), ("bias", "bias"))
     for theirs, path in LINEARS.items():
         if head or not path.startswith("head/"):

@@ -209,8 +209,8 @@ class Torch:
                 if name == "pos_embed":  # not trained
                     continue
                 raise UserError(
-                    f"{self.path}: its optimizer has no state of {name}; --fresh_optimizer leaves the optimizer's state "
-                    "out"
+                    f"{self.path}: its optimizer has no state of {name}; --fresh_optimizer leaves the optimizer's "
+                    "state out"
                 )
             for moment in ("exp_avg", "exp_avg_sq"):
                 shape = tuple(state[number][moment].shape)
