@@ -44,7 +44,7 @@ class TrainedModel:
         self.config = config_lib.read(workdir / CONFIG)
         with self.config.unlocked():
             self.config.sampling.update(sampling or {})
-            self.config.mesh.update(data=-1, fsdp=1)  # the run's own mesh may have been a pod
+            self.config.mesh.update(data=-1, fsdp=1, model=1)  # the run's own mesh may have been a pod
             self.config.accumulation = 1
             self.config.batch_size = jax.device_count()
         config_lib.check(self.config, jax.device_count())

@@ -59,7 +59,7 @@ def build(config: ConfigDict, mesh: Mesh, dataset: Dataset, steps: int) -> Progr
       dataset: gives `encode`.
       steps: length of the run, for schedules.
     """
-    networks = Networks(config)
+    networks = Networks(config, sharding.placement(mesh, config_lib.DTYPES[config.dtype]))
     optimizer = make_optimizer(config, steps)
 
     def init(key: jax.Array) -> TrainState:
