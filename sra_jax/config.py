@@ -317,9 +317,10 @@ def _check_split(config: ConfigDict, shape: dict[str, int]) -> None:
     """The network's matrices can be cut as the mesh asks; one that cannot would lie whole on every device."""
     model = config.model
     hidden = int(model.width * model.mlp_ratio)
-    for axis, size, what in (
-        ("fsdp", model.width, "model.width"), ("model", model.heads, "model.heads"), ("model", hidden, "the MLP's width")
-    ):  # fmt: skip
+    cuts = (
+        ("fsdp", model.width, "model.width"), ("model", model.heads, "model.heads"), ("model", hidden, "the MLP width"),
+    )  # fmt: skip
+    for axis, size, what in cuts:
         if size % shape[axis]:
             fitting = [n for n in range(1, shape[axis]) if shape[axis] % n == 0 and size % n == 0]
             raise UserError(

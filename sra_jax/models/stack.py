@@ -15,7 +15,7 @@ REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 """What is saved for the backward pass: everything; the results of the products with parameters (not the attention
-scores); each block's input only; the input of about sqrt(depth) segments of blocks only, at the price of a third forward
+scores); each block's input only; the input of about sqrt(depth) segments of blocks only, which costs a third forward
 pass."""
 
 Block = Callable[[Any, jax.Array, jax.Array], jax.Array]
