@@ -95,7 +95,7 @@ def step_program(devices=8, fsdp=1, remat="none", alignment=True):
 
 def test_no_large_array_is_whole_on_a_device():
     """Under FSDP no device holds the global batch's tokens, nor a stack of whole weights, at any time."""
-    compiled, program, _ = step_program(fsdp=8)
+    compiled, program, _ = step_program(fsdp=8, remat="block")
     tokens = BATCH * 16 * WIDTH  # of the whole batch
     stack = program.state.params["model"]["blocks"]["mlp"]["out"]["kernel"].size
     one_block = program.state.params["model"]["blocks"]["modulation"]["kernel"].size // DEPTH
@@ -121,7 +121,7 @@ def test_fsdp_sends_each_parameter_as_often_as_it_is_used():
 
 def test_data_parallel_traffic_does_not_grow_with_the_devices():
     """Gradients are summed once: 2 (n-1)/n of their bytes, whatever n."""
-    sent = {n: sum(step_program(devices=n)[0].cost().sent.values()) for n in (2, 4, 8)}
+    sent = {n: sum(step_program(devices=n)[0].cost().sent.values()) for n in (2, 8)}
     gradients = 4 * sum(leaf.size for leaf in jax.tree.leaves(step_program(devices=2)[1].state.params))
     for n, size in sent.items():
         assert size == pytest.approx(2 * gradients * (n - 1) / n, rel=0.05)
