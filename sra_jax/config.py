@@ -68,7 +68,7 @@ def default() -> ConfigDict:
                 "width": 768,
                 "heads": 12,
                 "mlp_ratio": 4.0,
-                "remat": "none",  # what the backward pass recomputes: none, dots, block
+                "remat": "none",  # what the backward pass recomputes, from least to most: none, dots, block, full
             },
             # the family: interpolant (SiT) or gaussian (DiT); the other keys are the fields of its class
             "process": {"name": "interpolant", **process_defaults("interpolant")},
@@ -112,6 +112,7 @@ def default() -> ConfigDict:
             "mesh": {
                 "data": -1,  # devices over which the batch is split, with a whole state each; -1: all that are left
                 "fsdp": 1,  # devices over which the batch and the state are split; -1: all that are left
+                "model": 1,  # devices over which attention heads and the MLP are split (tensor parallelism)
             },
         },
         convert_dict=True,
@@ -304,12 +305,29 @@ def _check_training(config: ConfigDict, device_count: int) -> None:
             f"batch_size={config.batch_size} is not divisible by accumulation={config.accumulation}; change one of them"
         )
     shape = mesh_shape(config, device_count)
-    ways = math.prod(shape.values())
+    ways = shape["data"] * shape["fsdp"]
     if micro % ways:
         raise UserError(
             f"batch_size={config.batch_size} in accumulation={config.accumulation} parts of {micro} cannot be split "
             f"over {ways} devices; make batch_size a multiple of {ways * config.accumulation}"
         )
+    _check_split(config, shape)
+
+
+def _check_split(config: ConfigDict, shape: dict[str, int]) -> None:
+    """The network's matrices can be cut as the mesh asks; one that cannot would lie whole on every device."""
+    model = config.model
+    hidden = int(model.width * model.mlp_ratio)
+    cuts = (
+        ("fsdp", model.width, "model.width"), ("model", model.heads, "model.heads"), ("model", hidden, "the MLP width"),
+    )  # fmt: skip
+    for axis, size, what in cuts:
+        if size % shape[axis]:
+            fitting = [n for n in range(1, shape[axis]) if shape[axis] % n == 0 and size % n == 0]
+            raise UserError(
+                f"mesh.{axis}={shape[axis]} does not divide {what}={size}; use at most --config.mesh.{axis}="
+                f"{fitting[-1]} and leave the other devices to --config.mesh.data=-1"
+            )
 
 
 def mesh_shape(config: ConfigDict, device_count: int) -> dict[str, int]:

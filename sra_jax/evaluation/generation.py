@@ -96,7 +96,14 @@ class Generator:
         self._config, self._mesh, self._decoder, self._seed = config, mesh, decoder, seed
         self.batch_size = -(-batch_size // mesh.size) * mesh.size
         split = sharding.batch_sharding(mesh)
-        self._sample = jax.jit(make_sampler(config, Networks(config)), out_shardings=split)
+        networks = Networks(config, sharding.placement(mesh, config_lib.DTYPES[config.dtype]))
+        self._sample = jax.jit(make_sampler(config, networks), out_shardings=split)
+
+    def lower(self, params: Params) -> jax.stages.Lowered:
+        """The program that `images` runs, for parameters that may be shapes with shardings."""
+        split = sharding.batch_sharding(self._mesh)
+        rows = jax.ShapeDtypeStruct((self.batch_size,), np.int32, sharding=split)
+        return self._sample.lower(params, rows, rows, np.int32(self._seed))
 
     def images(
         self, params: Params, count: int, labels: str | Sequence[int] = "balanced", start: int = 0

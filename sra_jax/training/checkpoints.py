@@ -14,6 +14,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from sra_jax.errors import UserError
+from sra_jax.training import processes
 from sra_jax.training.state import TrainState
 
 TREES = ("params", "ema", "opt_state")
@@ -69,7 +70,7 @@ class Checkpoints:
         """The newest checkpoint that can be read, or None where there is none.
 
         A damaged one is moved to <workdir>/damaged_checkpoints, so that its step can be saved again, and the one
-        before it is tried.
+        before it is tried. A checkpoint counts as damaged for all processes where one of them cannot read its part.
 
         Returns:
           The state, its meta data, and a message for each damaged checkpoint.
@@ -82,14 +83,18 @@ class Checkpoints:
         for step in reversed(steps):
             try:
                 state, meta = self.restore(abstract, step)
+                reason = ""
             except Exception as error:  # orbax and tensorstore raise many kinds for damaged files
-                reason = str(error).strip().splitlines() or [type(error).__name__]
-                messages.append(f"checkpoint {self.directory / str(step)} is damaged ({reason[0][:200]})")
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            if not processes.all_agree(not reason):
+                reason = reason or "another process could not read its part"
+                messages.append(f"checkpoint {self.directory / str(step)} is damaged ({reason})")
                 continue
-            for damaged in [s for s in steps if s > step]:
-                self._set_aside(damaged)
             if messages:
                 self._manager.close()
+                for damaged in [s for s in steps if s > step]:
+                    self._set_aside(damaged)
+                processes.wait_for_all("damaged checkpoints")
                 self._open()
             return state, meta, messages
         if steps:
