@@ -258,7 +258,8 @@ def _find(vae: str, file: str) -> Path:
     identity = re.fullmatch(r"([\w-][\w.-]*/[\w-][\w.-]*)((?:/[\w-][\w.-]*)*)", vae)
     if identity is None:
         raise UserError(f"no VAE at {vae!r}: give a folder that exists or a Hugging Face id such as {DEFAULT_VAE}")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sra_jax" / "vae" / vae.replace("/", "--")
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cache = caches / "sra_jax" / "vae" / vae.replace("/", "--")
     if not (cache / file).is_file():
         host = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
         _fetch(f"{host}/{identity.group(1)}/resolve/main{identity.group(2)}/{file}", cache / file, vae)

@@ -328,10 +328,7 @@ def map_slices(function: Callable[[jax.Array], Any], batch: jax.Array, slice_siz
         mapped = jax.lax.map(of_slice, jnp.moveaxis(slices, 1, 0))
         return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(shards, whole, *x.shape[3:]), mapped)
 
-    if whole == slice_size:
-        parts = [of_slice(by_shard[:, :whole])]
-    else:
-        parts = [of_whole(by_shard[:, :whole])]
+    parts = [(of_slice if whole == slice_size else of_whole)(by_shard[:, :whole])]
     if whole < per_shard:
         parts.append(of_slice(by_shard[:, whole:]))
     joined = jax.tree.map(lambda *xs: jnp.concatenate(xs, axis=1), *parts)
@@ -393,14 +390,17 @@ class Autoencoder:
             self._params_on = {target: jax.device_put(self._host_params, target)}
         return self._params_on[target]
 
-    def encode(self, images: jax.Array, slice_size: int = 8) -> tuple[jax.Array, jax.Array]:
+    def encode(self, images: jax.Array, slice_size: int | None = None) -> tuple[jax.Array, jax.Array]:
         """Mean and standard deviation of images (B,H,W,C) in [-1, 1]; see `AutoencoderKL.encode`.
 
         Args:
           images: H and W multiples of `config.downsampling`.
-          slice_size: images that a device encodes at a time.
+          slice_size: images that a device encodes at a time; by default 1 on a CPU, which one image keeps busy and
+            whose caches it fits best, and 8 elsewhere.
         """
         images = jnp.asarray(images)
+        if slice_size is None:
+            slice_size = 1 if next(iter(images.devices())).platform == "cpu" else 8
         return self._encode(self.params(images), images, slice_size, batch_shards(images))
 
     def decode(self, latents: jax.Array, slice_size: int = 1) -> jax.Array:

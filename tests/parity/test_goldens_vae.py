@@ -65,7 +65,7 @@ def test_vae_decode(vae):
 
 
 def test_vae_encoder_stages(vae, model):
-    config, _, own = vae
+    _, _, own = vae
     images = jnp.asarray(nhwc(own["in/image"]))
     x = model.encoder.conv_in(images)
     for stage in model.encoder.down:
@@ -90,7 +90,7 @@ def test_vae_norm_epsilon(vae, model):
 
 
 def test_vae_names_return_every_tensor(vae):
-    config, params, own = vae
+    _, params, own = vae
     tensors = {key.removeprefix("sd/"): array for key, array in own.items() if key.startswith("sd/")}
     returned = interop.tensors_from_params(params)
     assert returned.keys() == tensors.keys()
