@@ -3,15 +3,14 @@
 Every step samples the posterior anew, on the device: x0 = ((mean + std * noise) - shift) * scale.
 """
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+from array_record.python import array_record_module
 
 from sra_jax.data import shards
 from sra_jax.data.dataset import Dataset, Decoder
@@ -20,57 +19,74 @@ from sra_jax.interop import autoencoder as vae_interop
 from sra_jax.models.autoencoder import AutoencoderConfig
 
 
-@dataclasses.dataclass(frozen=True)
-class _WholeFile:
-    """A shard as ArrayRecord's data source wants it named, so that it need not open every file to count records."""
-
-    filename: str
-    skip: int
-    take: int
-    examples_in_shard: int
+# what ArrayRecord advises for random access: no data beyond the record is read, no threads are started
+_READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
+_READ_BUFFER_BYTES = 1 << 15
 
 
 class LatentSource:
     """Random access to the examples of a folder of latents; picklable, files are opened when they are first read.
 
-    An example is `mean` and `std` (H,W,C) in the manifest's dtype and `label` () int32.
+    An example is `mean` and `std` (H,W,C) in the manifest's dtype and `label` () int32. Threads may share a source.
     """
 
     def __init__(self, folder: str, manifest: shards.Manifest):
+        filled = [shard for shard in manifest.shards if shard.examples]
         self._layout = manifest.layout
-        files = [
-            _WholeFile(str(Path(folder).expanduser() / shard.file), 0, shard.examples, shard.examples)
-            for shard in manifest.shards
-            if shard.examples
-        ]
-        self._ends = np.cumsum([file.take for file in files])
-        self._names = [file.filename for file in files]
-        self._records = grain.sources.ArrayRecordDataSource(files)
+        self._files = [str(Path(folder).expanduser() / shard.file) for shard in filled]
+        self._ends = np.cumsum([shard.examples for shard in filled])
+        self._readers: dict[int, array_record_module.ArrayRecordReader] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_readers": {}}
 
     def __len__(self) -> int:
-        return len(self._records)
+        return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """Raises a UserError that names the shard of a record that cannot be read."""
-        try:
-            return self._layout.from_bytes(self._records[index])
-        except (ValueError, RuntimeError, OSError) as error:
-            raise self._unreadable(index, error) from error
+        """One example; raises a UserError that names the shard of a record that cannot be read."""
+        (shard,), (position,) = self._locate(np.array([index]))
+        return self._layout.from_bytes(self._read(int(shard), [int(position)])[0])
 
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, np.ndarray]]:
-        """Several examples at once, which is faster than one by one."""
-        try:
-            return [self._layout.from_bytes(record) for record in self._records.__getitems__(indices)]
-        except (ValueError, RuntimeError, OSError):
-            return [self[index] for index in indices]
+    def read_batch(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+        """The examples at `indices` (B,), stacked: `mean` and `std` (B,H,W,C), `label` (B,) int32.
 
-    def _unreadable(self, index: int, error: Exception) -> UserError:
-        if not 0 <= index < len(self):
-            return UserError(f"there is no example {index} among {len(self)}")
-        name = self._names[int(np.searchsorted(self._ends, index, side="right"))]
-        return UserError(
-            f"example {index} in {name} cannot be read ({error}): tools/prepare_latents.py --verify checks"
-        )
+        Faster than one by one: each shard is asked once for all its records of the batch.
+        """
+        shard_of, positions = self._locate(np.asarray(indices))
+        layout = self._layout
+        moments = np.empty((len(shard_of), 2, *layout.shape), layout.numpy_dtype)
+        labels = np.empty(len(shard_of), np.int32)
+        order = np.argsort(shard_of, kind="stable")
+        for places in np.split(order, np.flatnonzero(np.diff(shard_of[order])) + 1):
+            records = self._read(int(shard_of[places[0]]), positions[places].tolist())
+            for place, record in zip(places, records, strict=True):
+                moments[place], labels[place] = layout.split(record)
+        return {"mean": moments[:, 0], "std": moments[:, 1], "label": labels}
+
+    def _locate(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The shard and the record in it of each index."""
+        if indices.min() < 0 or indices.max() >= len(self):
+            raise IndexError(f"indices from {indices.min()} to {indices.max()} of a set with {len(self)} examples")
+        shard = np.searchsorted(self._ends, indices, side="right")
+        return shard, indices - np.concatenate([[0], self._ends])[shard]
+
+    def _read(self, shard: int, positions: list[int]) -> list[bytes]:
+        try:
+            if shard not in self._readers:
+                # two threads may both open the file: the later reader stays, the other one closes with its last use
+                self._readers[shard] = array_record_module.ArrayRecordReader(
+                    self._files[shard], options=_READER_OPTIONS, file_reader_buffer_size=_READ_BUFFER_BYTES
+                )
+            records = self._readers[shard].read(positions)
+            for record in records:
+                self._layout.check(record)
+            return records
+        except (ValueError, RuntimeError, OSError, IndexError) as error:
+            raise UserError(
+                f"{self._files[shard]} cannot be read ({error}): find out with tools/prepare_latents.py --verify "
+                "which shards are damaged"
+            ) from error
 
 
 def sample_posterior(
