@@ -1,4 +1,4 @@
-"""The one exception that means "the user can fix this"."""
+"""The exceptions whose message is all that a user needs to see."""
 
 
 class UserError(Exception):
@@ -7,3 +7,7 @@ class UserError(Exception):
     The message stands on its own: what was given, what is allowed, what to change. `sra_jax.cli.run` prints it
     without a traceback and exits with code 2.
     """
+
+
+class RunError(Exception):
+    """A run that cannot go on, such as one whose loss is no longer finite. Printed like `UserError`; exit code 1."""

@@ -12,6 +12,9 @@ Denoiser = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 class Process(Protocol):
     """A forward noise process with its training loss and its samplers. Pure functions; instances are hashable."""
 
+    time_extent: float
+    """The noisiest time, to which fractions of the time range refer: 1 for a flow, the number of steps for DDPM."""
+
     def output_channels(self, channels: int) -> int:
         """Channels that the network predicts for latents of `channels` channels."""
 

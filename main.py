@@ -1,0 +1,43 @@
+"""Train a recipe.
+
+    python main.py --config=configs/digits.py
+    python main.py --config=configs/sit_b2.py --workdir=/data/sit_b2 --config.data.path=/data/latents
+    python main.py --config=configs/sit_b2.py:smoke --config.seed=3
+
+Every value of a recipe is a flag: --config.steps, --config.batch_size (over all devices), --config.seed,
+--config.dtype, --config.log_every, --config.sample_every, --config.checkpoint_every, --config.keep, --config.model.*,
+--config.alignment.*, --config.sampling.*; sra_jax/config.py lists and explains them all. The same command on a workdir
+that holds a run goes on where it stopped.
+
+Exit codes: 0 done, 1 the run failed (a loss that is not finite), 2 bad input.
+"""
+
+import os
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+from sra_jax import cli
+from sra_jax import config as config_lib
+
+FLAGS = flags.FLAGS
+CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe: configs/NAME.py, or configs/NAME.py:VARIANT.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; by default runs/ and the recipe's name.")
+ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
+    "allow_config_change", False, "Go on in a workdir although its saved config differs in what shapes the run."
+)
+
+
+def main() -> None:
+    """Flags to `train`."""
+    config = config_lib.from_flag(CONFIG.value)
+    from sra_jax.training.loop import train
+
+    train(config, Path(WORKDIR.value or Path("runs") / config.name), ALLOW_CONFIG_CHANGE.value)
+
+
+if __name__ == "__main__":
+    cli.run(main)

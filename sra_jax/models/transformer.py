@@ -1,0 +1,265 @@
+"""The diffusion transformer of DiT (Peebles and Xie, 2023) and SiT (Ma et al., 2024): one backbone for both families.
+
+The network knows nothing of noise: it maps latents, a number per example and a label to a prediction of any number of
+channels, and hands out the tokens after any of its blocks on the way.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from sra_jax.models.stack import run_stack
+
+TIME_FREQUENCIES = 256
+LAYER_NORM_EPSILON = 1e-6
+
+xavier_uniform = nnx.initializers.xavier_uniform()
+small_normal = nnx.initializers.normal(0.02)
+zeros = nnx.initializers.zeros_init()
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """The network's shape.
+
+    Attributes:
+      input_size: height and width of the latents.
+      channels: channels of the latents.
+      output_channels: channels of the prediction.
+      num_classes: classes; the label table has one more row, the null label `num_classes`.
+      patch: side of a patch; divides `input_size`.
+      depth: number of blocks.
+      width: channels of a token; divisible by 4 (the position table) and by `heads`.
+      heads: attention heads.
+      mlp_ratio: hidden width of a block's MLP over `width`.
+      dtype: type of the matrix products; parameters, norms, softmax and the residual stream are float32.
+      remat: what the backward pass recomputes, a key of `sra_jax.models.stack.REMAT_POLICIES`.
+    """
+
+    input_size: int
+    channels: int
+    output_channels: int
+    num_classes: int
+    patch: int
+    depth: int
+    width: int
+    heads: int
+    mlp_ratio: float = 4.0
+    dtype: Any = jnp.float32
+    remat: str = "none"
+
+    @property
+    def tokens(self) -> int:
+        """N, the length of the token sequence."""
+        return (self.input_size // self.patch) ** 2
+
+    @property
+    def precision(self) -> jax.lax.Precision:
+        """float32 means float32: without it accelerators round the operands of float32 products."""
+        return jax.lax.Precision.HIGHEST if self.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+
+
+def linear(
+    config: TransformerConfig, features_in: int, features_out: int, rngs: nnx.Rngs, kernel_init: Any = xavier_uniform,
+) -> nnx.Linear:
+    """A linear layer with float32 parameters and products in the config's type."""
+    return nnx.Linear(
+        features_in, features_out, kernel_init=kernel_init, dtype=config.dtype, precision=config.precision, rngs=rngs
+    )
+
+
+def layer_norm(x: jax.Array) -> jax.Array:
+    """LayerNorm over the last axis without affine part, in float32."""
+    x = x.astype(jnp.float32)
+    centred = x - x.mean(axis=-1, keepdims=True)
+    variance = jnp.square(centred).mean(axis=-1, keepdims=True)
+    return centred * jax.lax.rsqrt(variance + LAYER_NORM_EPSILON)
+
+
+def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+    """x (B,N,D) scaled by 1 + scale (B,D) and shifted by shift (B,D)."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+def position_table(width: int, grid: int) -> np.ndarray:
+    """The fixed 2-D sin-cos position table (grid*grid, width), float32, computed in float64.
+
+    Tokens are row-major. The first half of the channels encodes the column, the second the row; each half is
+    [sin, cos] of the coordinate at width/4 frequencies 10000^(-i/(width/4)).
+    """
+    frequencies = 10000.0 ** (-np.arange(width // 4) / (width // 4))
+    angles = np.arange(grid)[:, None] * frequencies  # (G, width/4)
+    encoded = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)  # (G, width/2)
+    rows, columns = np.divmod(np.arange(grid * grid), grid)
+    return np.concatenate([encoded[columns], encoded[rows]], axis=1).astype(np.float32)
+
+
+def time_features(t: jax.Array) -> jax.Array:
+    """cos and sin of t (B,) at 128 frequencies, (B,256) float32, cosines first; maximal period 10000."""
+    half = TIME_FREQUENCIES // 2
+    exponents = -np.log(10000.0).astype(np.float32) * np.arange(half, dtype=np.float32) / np.float32(half)
+    angles = t.astype(jnp.float32)[:, None] * np.exp(exponents)
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def patchify(x: jax.Array, patch: int) -> jax.Array:
+    """(B,H,W,C) -> (B,N,patch*patch*C): row-major tokens; inside a token row, column, channel."""
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height // patch, patch, width // patch, patch, channels)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, patch * patch * channels)
+
+
+def unpatchify(tokens: jax.Array, patch: int) -> jax.Array:
+    """The inverse of `patchify` for square latents: (B,N,patch*patch*C) -> (B,H,W,C)."""
+    batch, count, features = tokens.shape
+    grid = round(count**0.5)
+    x = tokens.reshape(batch, grid, grid, patch, patch, features // patch**2)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, grid * patch, grid * patch, -1)
+
+
+class TimeEmbedding(nnx.Module):
+    """Sinusoidal features of the time, then a two-layer SiLU network: (B,) -> (B,D)."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        self.hidden = linear(config, TIME_FREQUENCIES, config.width, rngs, small_normal)
+        self.out = linear(config, config.width, config.width, rngs, small_normal)
+
+    def __call__(self, t: jax.Array) -> jax.Array:
+        return self.out(nnx.silu(self.hidden(time_features(t))))
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention (B,N,D) -> (B,N,D); softmax in float32."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        head_width = config.width // config.heads
+        options = dict(kernel_init=xavier_uniform, dtype=config.dtype, precision=config.precision, rngs=rngs)
+        self.qkv = nnx.LinearGeneral(config.width, (3, config.heads, head_width), **options)
+        self.out = nnx.LinearGeneral((config.heads, head_width), config.width, axis=(-2, -1), **options)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        config = self.config
+        q, k, v = jnp.moveaxis(self.qkv(x), -3, 0)  # (B,N,H,D/H) each
+        scores = jnp.einsum(
+            "bqhd,bkhd->bhqk", q, k, precision=config.precision, preferred_element_type=jnp.float32
+        )
+        weights = jax.nn.softmax(scores * q.shape[-1] ** -0.5, axis=-1).astype(config.dtype)
+        return self.out(jnp.einsum("bhqk,bkhd->bqhd", weights, v, precision=config.precision))
+
+
+class MLP(nnx.Module):
+    """Linear, GELU in its tanh approximation, linear: (B,N,D) -> (B,N,D)."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        hidden = int(config.width * config.mlp_ratio)
+        self.hidden = linear(config, config.width, hidden, rngs)
+        self.out = linear(config, hidden, config.width, rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.out(nnx.gelu(self.hidden(x), approximate=True))
+
+
+class Block(nnx.Module):
+    """A transformer block whose norms are modulated and whose branches are gated by the condition (adaLN-Zero)."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        self.attention = Attention(config, rngs=rngs)
+        self.mlp = MLP(config, rngs=rngs)
+        self.modulation = linear(config, config.width, 6 * config.width, rngs, zeros)
+
+    def __call__(self, x: jax.Array, condition: jax.Array) -> jax.Array:
+        """x (B,N,D) float32 and SiLU of the condition (B,D) -> (B,N,D) float32."""
+        modulation = self.modulation(condition).astype(jnp.float32)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)
+        x = x + gate_a[:, None] * self.attention(modulate(layer_norm(x), shift_a, scale_a))
+        return x + gate_m[:, None] * self.mlp(modulate(layer_norm(x), shift_m, scale_m))
+
+
+class FinalLayer(nnx.Module):
+    """Modulated norm and a linear layer from tokens to patches: (B,N,D) -> (B,N,patch*patch*C_out) float32."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        self.modulation = linear(config, config.width, 2 * config.width, rngs, zeros)
+        self.linear = linear(config, config.width, config.patch**2 * config.output_channels, rngs, zeros)
+
+    def __call__(self, x: jax.Array, condition: jax.Array) -> jax.Array:
+        shift, scale = jnp.split(self.modulation(condition).astype(jnp.float32), 2, axis=-1)
+        return self.linear(modulate(layer_norm(x), shift, scale)).astype(jnp.float32)
+
+
+def stack_modules(make: Callable[[nnx.Rngs], nnx.Module], depth: int, key: jax.Array) -> nnx.Module:
+    """`depth` independent modules as one, every parameter with a leading depth axis."""
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+    states = jax.vmap(lambda k: nnx.split(make(nnx.Rngs(k)))[1])(jax.random.split(key, depth))
+    return nnx.merge(graphdef, states)
+
+
+class Transformer(nnx.Module):
+    """DiT / SiT: patch, time and label embeddings, a stack of blocks, a final layer.
+
+    Initialisation follows DiT: Xavier-uniform kernels (the patch embedding over its flattened kernel), zero biases,
+    N(0, 0.02) for the label table and the time network, zeros for every modulation and the final layer, so that a new
+    network predicts 0.
+    """
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.patch_embedding = linear(config, config.patch**2 * config.channels, config.width, rngs)
+        self.time_embedding = TimeEmbedding(config, rngs=rngs)
+        self.label_embedding = nnx.Embed(
+            config.num_classes + 1, config.width, embedding_init=small_normal, rngs=rngs
+        )
+        self.blocks = stack_modules(lambda r: Block(config, rngs=r), config.depth, rngs.params())
+        self.final = FinalLayer(config, rngs=rngs)
+
+    def embed(self, x: jax.Array) -> jax.Array:
+        """Latents (B,H,W,C) -> tokens (B,N,D) float32 with positions."""
+        config = self.config
+        tokens = self.patch_embedding(patchify(x, config.patch)).astype(jnp.float32)
+        return tokens + position_table(config.width, config.input_size // config.patch)
+
+    def condition(self, t: jax.Array, y: jax.Array) -> jax.Array:
+        """Times (B,) and labels (B,) -> SiLU of the conditioning vector (B,D) float32."""
+        labels = self.label_embedding(y).astype(jnp.float32)
+        return nnx.silu(self.time_embedding(t).astype(jnp.float32) + labels)
+
+    def __call__(
+        self, x: jax.Array, t: jax.Array, y: jax.Array, *, taps: Sequence[int] = (), stop: int | None = None
+    ) -> tuple[jax.Array | None, tuple[jax.Array, ...]]:
+        """Predict, and return tokens on the way.
+
+        Args:
+          x: latents (B,H,W,C).
+          t: times (B,), fed to the sinusoids unscaled.
+          y: labels (B,) int in [0, num_classes]; `num_classes` is the null label.
+          taps: block numbers 1..depth, ascending: return the tokens after these blocks. Block counts start at 1 as in
+            the paper: m means "after m blocks".
+          stop: run blocks 1..stop only, without the final layer; None runs all. Later blocks cost nothing.
+
+        Returns:
+          prediction (B,H,W,C_out) float32, or None with `stop`; one (B,N,D) float32 array a tap.
+        """
+        config = self.config
+        last = config.depth if stop is None else stop
+        if list(taps) != sorted(set(taps)) or any(not 1 <= tap <= last for tap in taps):
+            raise ValueError(f"taps={tuple(taps)} must ascend within 1..{last}")
+        condition = self.condition(t, y)
+        graphdef, params = nnx.split(self.blocks)
+
+        def block(params: Any, x: jax.Array, condition: jax.Array) -> jax.Array:
+            return nnx.merge(graphdef, params)(x, condition)
+
+        tokens, features = run_stack(
+            block, params, self.embed(x), condition, depth=config.depth, taps=tuple(taps), stop=last,
+            remat=config.remat,
+        )
+        if stop is not None:
+            return None, features
+        return unpatchify(self.final(tokens, condition), config.patch), features
+

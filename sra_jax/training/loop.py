@@ -1,0 +1,339 @@
+"""A run from its config to its last checkpoint: everything that happens around the train step."""
+
+import dataclasses
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from sra_jax import config as config_lib
+from sra_jax.data import pipeline
+from sra_jax.data import registry as datasets
+from sra_jax.data.dataset import Dataset
+from sra_jax.errors import RunError, UserError
+from sra_jax.evaluation import pictures
+from sra_jax.evaluation.generation import Generator
+from sra_jax.training import metrics as metrics_lib
+from sra_jax.training import sharding
+from sra_jax.training.checkpoints import Checkpoints
+from sra_jax.training.state import Networks, TrainState, ema_decay, init_state, learning_rate, make_optimizer
+from sra_jax.training.step import Metrics, make_train_step
+
+CONFIG = "config.json"
+PREVIEW_SEED = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The compiled parts of a run on a mesh; nothing here holds data or parameters.
+
+    Attributes:
+      mesh: the devices.
+      networks: functions of a parameter tree.
+      state: a TrainState of shapes, types and shardings.
+      init: `init(key) -> TrainState`, jitted; no array is ever whole on one device unless the rules say so.
+      train_step: `train_step(state, batch) -> (state, metrics)`, jitted, the state donated.
+    """
+
+    mesh: Mesh
+    networks: Networks
+    state: TrainState
+    init: Callable[[jax.Array], TrainState]
+    train_step: Callable[[TrainState, Mapping[str, jax.Array]], tuple[TrainState, Metrics]]
+
+
+def build(config: ConfigDict, mesh: Mesh, dataset: Dataset, steps: int) -> Program:
+    """Everything that is jitted, from a checked config.
+
+    Args:
+      config: the recipe.
+      mesh: the devices; they need not exist (ahead-of-time compilation for a described topology).
+      dataset: gives `encode`.
+      steps: length of the run, for schedules.
+    """
+    networks = Networks(config)
+    optimizer = make_optimizer(config, steps)
+
+    def init(key: jax.Array) -> TrainState:
+        return init_state(networks, optimizer, key)
+
+    abstract = jax.eval_shape(init, jax.random.key(0))
+    layout = sharding.state_shardings(abstract, mesh)
+    train_step = make_train_step(
+        networks=networks, process=config_lib.process_of(config), alignment=config_lib.alignment_of(config),
+        encode=dataset.encode, optimizer=optimizer, learning_rate=learning_rate(config, steps),
+        ema_decay=ema_decay(config, steps), seed=config.seed, null_label=config.data.num_classes,
+        label_dropout=config.label_dropout, accumulation=config.accumulation,
+    )  # fmt: skip
+    return Program(
+        mesh=mesh,
+        networks=networks,
+        state=jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, layout),
+        init=jax.jit(init, out_shardings=layout),
+        train_step=jax.jit(
+            train_step, donate_argnums=0, in_shardings=(layout, sharding.batch_sharding(mesh)),
+            out_shardings=(layout, sharding.replicated(mesh)),
+        ),
+    )  # fmt: skip
+
+
+def abstract_batch(dataset: Dataset, batch_size: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, types and sharding of a global batch."""
+    split = sharding.batch_sharding(mesh)
+    return {
+        name: jax.ShapeDtypeStruct((batch_size, *np.shape(array)), np.asarray(array).dtype, sharding=split)
+        for name, array in dataset.source[0].items()
+    }
+
+
+def train(config: ConfigDict, workdir: Path, allow_config_change: bool = False) -> None:
+    """Train, or go on training what the workdir holds, until the config's last step.
+
+    Args:
+      config: a recipe with its overrides.
+      workdir: made where it does not exist; holds config.json, checkpoints/, samples/, metrics.jsonl and tensorboard/.
+      allow_config_change: go on although the saved config differs in what shapes the run.
+
+    Raises:
+      UserError: before any work, where config, data or workdir cannot work.
+      RunError: the loss is no longer finite.
+    """
+    config_lib.check(config, jax.device_count())
+    workdir = Path(workdir)
+    started = prepare_workdir(config, workdir, allow_config_change)
+    dataset = datasets.load(config.data)
+    steps = config_lib.total_steps(config, len(dataset.source))
+    say = print if jax.process_index() == 0 else _silent
+
+    mesh = sharding.make_mesh(config_lib.mesh_shape(config, jax.device_count()))
+    program = build(config, mesh, dataset, steps)
+    checkpoints = Checkpoints(workdir, keep=config.keep)
+    try:
+        state = begin(config, program, checkpoints, workdir, say, started)
+        _write_config(config, workdir)
+        if int(state.step) >= steps:
+            say(f"nothing to do: step {int(state.step)} of {steps} is saved; --config.steps={2 * steps} trains on")
+        else:
+            _describe(config, program, dataset, steps, say)
+            _run(config, program, checkpoints, state, dataset, steps, workdir)
+    finally:
+        checkpoints.close()
+    _say_where(config, workdir, say)
+
+
+def _silent(*_: Any) -> None:
+    """Processes other than the first print nothing."""
+
+
+def prepare_workdir(config: ConfigDict, workdir: Path, allow_config_change: bool) -> bool:
+    """Whether the workdir holds a run of this config, checked to be the same; makes the folder otherwise.
+
+    Raises:
+      UserError: the folder cannot be written, holds something else, or another config's run.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / f".write_test_{jax.process_index()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"--workdir={workdir} cannot be written ({error.strerror}); choose a folder that you may write to"
+        ) from error
+    if not (workdir / CONFIG).exists():
+        if (workdir / "checkpoints").exists() and any((workdir / "checkpoints").iterdir()):
+            raise UserError(f"--workdir={workdir} holds checkpoints but no {CONFIG}; choose another --workdir")
+        return False
+    changed = config_lib.differences(config_lib.read(workdir / CONFIG), config)
+    if changed and not allow_config_change:
+        raise UserError(
+            f"--workdir={workdir} holds a run of another config; it differs in\n  " + "\n  ".join(changed)
+            + "\nUse another --workdir, the same values, or --allow_config_change to go on with the new ones"
+        )  # fmt: skip
+    return True
+
+
+def _write_config(config: ConfigDict, workdir: Path) -> None:
+    if jax.process_index() == 0:
+        part = workdir / f".{CONFIG}.part"
+        part.write_text(config_lib.to_json(config) + "\n")
+        os.replace(part, workdir / CONFIG)
+
+
+def begin(
+    config: ConfigDict, program: Program, checkpoints: Checkpoints, workdir: Path, say: Callable[..., None],
+    started: bool,
+) -> TrainState:
+    """The state to go on from: the newest checkpoint that can be read, or a new one."""
+    found = checkpoints.restore_newest(program.state)
+    if found is None:
+        if started:
+            say(f"no checkpoint in {workdir} yet: starting at step 0")
+        if jax.process_index() == 0:
+            metrics_lib.keep_until(workdir, 0)
+        return program.init(jax.random.key(config.seed))
+    state, meta, damaged = found
+    for message in damaged:
+        say(f"{message}; it now lies in {workdir / 'damaged_checkpoints'}, and the one before it is used")
+    if jax.process_index() == 0:
+        metrics_lib.keep_until(workdir, meta["step"])
+    say(f"resuming {workdir} at step {meta['step']}")
+    return state
+
+
+def _describe(config: ConfigDict, program: Program, dataset: Dataset, steps: int, say: Callable[..., None]) -> None:
+    count = sum(leaf.size for leaf in jax.tree.leaves(program.state.params["model"]))
+    say(
+        f"{config.name}: {count / 1e6:.2f}M parameters, {len(dataset.source):,} examples, {steps:,} steps of "
+        f"{config.batch_size} on {jax.device_count()} {jax.devices()[0].device_kind} device(s)"
+    )
+
+
+def _say_where(config: ConfigDict, workdir: Path, say: Callable[..., None]) -> None:
+    sample = f"python tools/sample.py --workdir={workdir} --num_samples=1000 --output=samples.npz --grid=grid.png"
+    samples = sorted((workdir / "samples").glob("step_*.png"))
+    say(
+        f"done. In {workdir}:\n"
+        f"  checkpoints/    the newest {config.keep}: params, EMA, optimizer, position in the data\n"
+        f"  samples/        {samples[-1].name if samples else 'no previews were asked for'}\n"
+        f"  metrics.jsonl   one line every {config.log_every} steps; tensorboard/ holds the same\n"
+        f"  config.json     the recipe as it was run\n"
+        f"sample from it: {sample}"
+    )
+
+
+def _run(
+    config: ConfigDict, program: Program, checkpoints: Checkpoints, state: TrainState, dataset: Dataset, steps: int,
+    workdir: Path,
+) -> None:
+    """The hot loop. The host runs ahead of the devices: it waits for them only to log, to preview and to save."""
+    first = int(state.step)
+    mesh = program.mesh
+    stream = pipeline.batches(
+        dataset.source, batch_size=config.batch_size, seed=config.seed,
+        rows=sharding.process_rows(mesh, config.batch_size), start=first, workers=config.data.workers,
+    )  # fmt: skip
+    bar = tqdm(
+        total=steps, initial=first, desc="compiling", unit="step", disable=jax.process_index() != 0,
+        dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 15.0,
+    )  # fmt: skip
+    compiled = program.train_step.lower(program.state, abstract_batch(dataset, config.batch_size, mesh)).compile()
+    previews = Previews(config, mesh, workdir) if config.sample_every else None
+    writer = metrics_lib.Writer(workdir) if jax.process_index() == 0 else None
+    journal = Journal(config, writer, bar, checkpoints)
+    bar.set_description("training")
+    try:
+        for step in range(first, steps):
+            batch = sharding.put_batch(next(stream), mesh)
+            with jax.transfer_guard("disallow"):  # nothing moves between host and devices unasked
+                state, metrics = compiled(state, batch)
+            journal.add(step + 1, metrics)
+            bar.update()
+            last = step + 1 == steps
+            if last or (step + 1) % config.checkpoint_every == 0:
+                journal.read()  # a state is saved only once its losses are known to be finite
+                checkpoints.save(state, {"step": step + 1, "config": config.to_dict(), "data": {"next_batch": step + 1}})
+            if previews and (last or (step + 1) % config.sample_every == 0):
+                journal.read()
+                picture = previews.write(state.ema, step + 1)
+                if writer:
+                    writer.image(step + 1, "samples", picture)
+                journal.restart_clock()
+        checkpoints.wait()
+    finally:
+        bar.close()
+        if writer:
+            writer.close()
+
+
+class Journal:
+    """Metrics on their way from the devices to the file, read one step late so that the devices never wait."""
+
+    def __init__(self, config: ConfigDict, writer: metrics_lib.Writer | None, bar: tqdm, checkpoints: Checkpoints):
+        self._config, self._writer, self._bar, self._checkpoints = config, writer, bar, checkpoints
+        self._pending: list[tuple[int, Metrics]] = []
+        self._due = False
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leave out of the speed what is not training."""
+        self._since, self._counted = time.perf_counter(), 0
+
+    def add(self, step: int, metrics: Metrics) -> None:
+        """Take the metrics of a step that has been dispatched; read the older ones where a logged step is among them."""
+        if self._due:
+            self.read()
+        logged = step % self._config.log_every == 0
+        self._pending.append((step, metrics if logged else {k: metrics[k] for k in ("loss", "grad_norm")}))
+        self._due = logged
+
+    def read(self) -> None:
+        """Wait for all that was added, check it and write the logged steps.
+
+        Raises:
+          RunError: a loss or gradient is not finite.
+        """
+        pending, self._pending, self._due = self._pending, [], False
+        values = jax.device_get([metrics for _, metrics in pending])
+        elapsed = time.perf_counter() - self._since
+        self._counted += len(pending)
+        for (step, _), metrics in zip(pending, values, strict=True):
+            for name in ("loss", "grad_norm"):
+                if not np.isfinite(metrics[name]):
+                    self._stop(name, metrics[name], step)
+            if step % self._config.log_every == 0:
+                self._write(step, metrics, elapsed)
+
+    def _write(self, step: int, metrics: Mapping[str, np.ndarray], elapsed: float) -> None:
+        record = {name: float(value) for name, value in sorted(metrics.items())}
+        record["steps_per_second"] = self._counted / elapsed
+        record["examples_per_second"] = self._counted * self._config.batch_size / elapsed
+        shown = {"denoising": f"{record['loss_denoising']:.4f}"}
+        if "loss_alignment" in record:
+            shown["alignment"] = f"{record['loss_alignment']:.4f}"
+        self._bar.set_postfix(shown, refresh=False)
+        if self._writer:
+            self._writer.write(step, record)
+        self.restart_clock()
+
+    def _stop(self, name: str, value: float, step: int) -> None:
+        self._checkpoints.wait()
+        saved = self._checkpoints.steps()
+        last = f"the last good checkpoint is step {saved[-1]} in {self._checkpoints.directory}" if saved else (
+            "no checkpoint was saved before"
+        )  # fmt: skip
+        raise RunError(
+            f"{name} is {value} at step {step}; {last}. Nothing of the later steps was saved. A lower "
+            "optimizer.learning_rate, optimizer.clip_norm=1, or dtype=float32 usually helps"
+        )
+
+
+class Previews:
+    """samples/step_*.png: one row a class, from the EMA, with the config's sampler and guidance."""
+
+    def __init__(self, config: ConfigDict, mesh: Mesh, workdir: Path):
+        sampling = config.sampling
+        self._columns = sampling.preview_per_class
+        classes = min(sampling.preview_classes, config.data.num_classes)
+        self._labels = [label for label in range(classes) for _ in range(self._columns)]
+        self._generator = Generator(
+            config, mesh, datasets.decoder(config.data), batch_size=len(self._labels), seed=PREVIEW_SEED
+        )
+        self._folder = workdir / "samples"
+
+    def write(self, ema: Mapping[str, Any], step: int) -> np.ndarray:
+        """Make the grid of this step, write it (process 0) and return it, (H,W,C) uint8."""
+        batches = self._generator.images({"model": ema["model"]}, len(self._labels), self._labels)
+        images = np.concatenate([images for images, _ in batches])
+        picture = pictures.grid(images, self._columns)
+        if jax.process_index() == 0:
+            pictures.write_png(self._folder / f"step_{step:07d}.png", picture)
+        return picture

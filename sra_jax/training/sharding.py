@@ -1,0 +1,109 @@
+"""The mesh, and where every array lies on it. No other module knows of devices.
+
+Axes: `data` splits the batch; `fsdp` splits the batch and the state (parameters, EMA and optimizer alike).
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+BATCH = P(("data", "fsdp"))
+
+RULES: tuple[tuple[str, P], ...] = (
+    # stacked blocks: the first axis is depth and stays whole, for the scan takes one block at a time
+    (r"blocks/attention/qkv/kernel", P(None, "fsdp", None, None, None)),  # (depth, D, 3, heads, D/heads)
+    (r"blocks/attention/out/kernel", P(None, None, None, "fsdp")),  # (depth, heads, D/heads, D)
+    (r"blocks/mlp/hidden/kernel", P(None, "fsdp", None)),  # (depth, D, 4D)
+    (r"blocks/mlp/out/kernel", P(None, None, "fsdp")),  # (depth, 4D, D)
+    (r"blocks/modulation/kernel", P(None, "fsdp", None)),  # (depth, D, 6D)
+    (r"(patch_embedding|time_embedding/\w+)/kernel", P(None, "fsdp")),
+    (r"label_embedding/embedding", P(None, "fsdp")),
+    (r"final/\w+/kernel", P("fsdp", None)),
+    (r"head/hidden/kernel", P("fsdp", None)),
+    (r"head/out/kernel", P(None, "fsdp")),
+    (r"bias", P()),  # small: whole on every device
+)
+"""The first pattern that is found in a parameter's path gives its layout."""
+
+
+def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over all devices of all processes; `shape` gives the size of each axis, as `config.mesh_shape` does."""
+    return jax.make_mesh(
+        tuple(shape.values()), tuple(shape), axis_types=(jax.sharding.AxisType.Auto,) * len(shape), devices=devices
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Leading axis split over all devices."""
+    return NamedSharding(mesh, BATCH)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Whole on every device."""
+    return NamedSharding(mesh, P())
+
+
+def layout(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+    """The layout of one array of the state.
+
+    Args:
+      path: its keys joined by "/"; the optimizer's moments carry the paths of their parameters.
+      shape: an axis that the mesh axis does not divide stays whole.
+
+    Raises:
+      ValueError: no rule speaks of an array of this path with more than one entry.
+    """
+    if np.prod(shape) <= 1:
+        return P()
+    for pattern, spec in RULES:
+        if re.search(pattern, path):
+            return P(*(axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(spec, shape)))  # noqa: B905
+    raise ValueError(f"no rule in sra_jax.training.sharding.RULES for {path} {shape}")
+
+
+def path_name(path: Sequence[Any]) -> str:
+    """A tree path as "a/b/c"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def state_shardings(abstract_state: Any, mesh: Mesh) -> Any:
+    """A tree like `abstract_state` with the sharding of every array."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: NamedSharding(mesh, layout(path_name(path), leaf.shape, mesh)), abstract_state
+    )
+
+
+def process_rows(mesh: Mesh, batch_size: int) -> list[int]:
+    """Rows of the global batch that lie on this process's devices, in the order in which they are put there."""
+    sharding = batch_sharding(mesh)
+    slices = sharding.addressable_devices_indices_map((batch_size,)).values()
+    starts = sorted({(s[0].start or 0, s[0].stop or batch_size) for s in slices})
+    return [row for start, stop in starts for row in range(start, stop)]
+
+
+def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """This process's rows of a batch -> global arrays split over the mesh."""
+    sharding = batch_sharding(mesh)
+    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+
+
+def put_rows(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """A global batch that every process holds whole -> global arrays split over the mesh."""
+    split = batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_callback(array.shape, split, lambda index, array=array: array[index])
+        for name, array in batch.items()
+    }
+
+
+def gather(array: jax.Array) -> np.ndarray:
+    """A global array as NumPy, whole, on every process."""
+    if array.is_fully_addressable:
+        return np.asarray(jax.device_get(array))
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))

@@ -1,0 +1,105 @@
+"""What a run carries from step to step, and how it begins."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from ml_collections import ConfigDict
+
+from sra_jax import config as config_lib
+from sra_jax.alignment import Head
+from sra_jax.models.transformer import Transformer
+
+Params = dict[str, Any]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """One run at one step.
+
+    Attributes:
+      step: number of updates made, int32 scalar.
+      params: {"model": the transformer's parameters, "head": the projection head's}; no head in baseline runs. Float32.
+      ema: the teacher, a tree like `params`.
+      opt_state: the optimizer's.
+    """
+
+    step: jax.Array
+    params: Params
+    ema: Params
+    opt_state: optax.OptState
+
+
+class Networks:
+    """The static half of the student and the teacher: functions of a parameter tree."""
+
+    def __init__(self, config: ConfigDict):
+        shape = config_lib.transformer_of(config)
+        alignment = config_lib.alignment_of(config)
+        makers: dict[str, Callable[[nnx.Rngs], nnx.Module]] = {"model": lambda rngs: Transformer(shape, rngs=rngs)}
+        if alignment is not None and alignment.head:
+            makers["head"] = lambda rngs: Head(shape, rngs=rngs)
+        self._makers = makers
+        self._graphs = {name: nnx.graphdef(nnx.eval_shape(lambda m=make: m(nnx.Rngs(0)))) for name, make in makers.items()}
+
+    def init(self, key: jax.Array) -> Params:
+        """Fresh parameters, float32."""
+        keys = jax.random.split(key, 2)
+        return {
+            name: nnx.to_pure_dict(nnx.split(make(nnx.Rngs(params=key)))[1])
+            for (name, make), key in zip(self._makers.items(), keys, strict=False)
+        }
+
+    def model(self, params: Params) -> Transformer:
+        """The transformer with these parameters; inside a traced function."""
+        return nnx.merge(self._graphs["model"], params["model"])
+
+    def project(self, params: Params, tokens: jax.Array) -> jax.Array:
+        """The student's tokens (B,N,D) through the head where there is one."""
+        if "head" not in self._graphs:
+            return tokens
+        return nnx.merge(self._graphs["head"], params["head"])(tokens)
+
+
+def learning_rate(config: ConfigDict, steps: int) -> optax.Schedule:
+    """Learning rate by step: linear warm-up, then constant or a cosine to 0 at step `steps`."""
+    optimizer = config.optimizer
+    peak, warmup = optimizer.learning_rate, optimizer.warmup_steps
+    if optimizer.schedule == "cosine":
+        after = optax.cosine_decay_schedule(peak, max(steps - warmup, 1))
+    else:
+        after = optax.constant_schedule(peak)
+    if not warmup:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
+
+
+def ema_decay(config: ConfigDict, steps: int) -> Callable[[jax.Array], jax.Array]:
+    """Decay by step: constant, or 1 - (1 - decay) (cos(pi step / steps) + 1) / 2, which ends at 1 (Grill et al., 2020)."""
+    decay = config.ema.decay
+    if config.ema.schedule == "constant":
+        return lambda step: jnp.float32(decay)
+    return lambda step: 1 - (1 - decay) * (jnp.cos(jnp.pi * jnp.minimum(step / steps, 1.0)) + 1) / 2
+
+
+def make_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformation:
+    """AdamW after clipping the global gradient norm."""
+    optimizer = config.optimizer
+    adamw = optax.adamw(
+        learning_rate(config, steps), b1=optimizer.b1, b2=optimizer.b2, eps=optimizer.eps,
+        weight_decay=optimizer.weight_decay,
+    )  # fmt: skip
+    return optax.chain(optax.clip_by_global_norm(optimizer.clip_norm), adamw) if optimizer.clip_norm else adamw
+
+
+def init_state(networks: Networks, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
+    """The state before the first step; the teacher starts as a copy of the student. To be jitted with shardings."""
+    params = networks.init(key)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32), params=params, ema=jax.tree.map(jnp.copy, params),
+        opt_state=optimizer.init(params),
+    )  # fmt: skip

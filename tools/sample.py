@@ -1,0 +1,95 @@
+"""Make images from a run's checkpoint.
+
+    python tools/sample.py --workdir=runs/digits --num_samples=1000 --output=samples.npz --grid=grid.png
+    python tools/sample.py --workdir=W --step=400000 --guidance_scale=1.8 --guidance_interval=0,0.7 --labels=207,360 \\
+        --num_samples=64 --grid=grid.png
+
+Reads the EMA of the newest (or --step's) checkpoint. The npz holds arr_0, the images (N,H,W,C) uint8, and arr_1, their
+labels (N,) int64, as the ADM evaluation suite reads them. Sample i depends on --seed, i and its label alone, so
+--batch_size and the number of devices change nothing but speed. What is not given is taken from the run's config.
+
+Exit codes: 0 done, 2 bad input.
+"""
+
+import os
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import numpy as np
+from absl import flags
+from tqdm import tqdm
+
+from sra_jax import cli
+from sra_jax.errors import UserError
+from sra_jax.evaluation import pictures
+from sra_jax.evaluation.trained import (
+    TrainedModel,
+    check_new_file,
+    define_sampling_flags,
+    parse_labels,
+    sampling_overrides,
+)
+
+FLAGS = flags.FLAGS
+GRID_COLUMNS = 10
+
+flags.DEFINE_string("workdir", None, "The run's folder.", required=True)
+flags.DEFINE_integer("step", None, "Checkpoint to read; by default the newest.")
+flags.DEFINE_enum("weights", "ema", ["ema", "params"], "Which of the two parameter trees.")
+flags.DEFINE_integer("num_samples", 1000, "How many images.", lower_bound=1)
+flags.DEFINE_string("labels", "balanced", "balanced, uniform, or class numbers, taken in turn: 207,360.")
+flags.DEFINE_integer("seed", 0, "Of noise and uniform labels.", lower_bound=0)
+flags.DEFINE_integer("batch_size", 250, "Images at a time over all devices.", lower_bound=1)
+flags.DEFINE_string("output", None, "npz file to write.")
+flags.DEFINE_string("grid", None, f"PNG file to write: the samples of each class in rows of {GRID_COLUMNS}.")
+flags.DEFINE_bool("overwrite", False, "Replace --output and --grid where they exist.")
+define_sampling_flags()
+
+
+def main() -> None:
+    """Load, sample, write."""
+    if not FLAGS.output and not FLAGS.grid:
+        raise UserError("nothing to write: give --output=samples.npz, --grid=grid.png or both")
+    for path in filter(None, (FLAGS.output, FLAGS.grid)):
+        check_new_file(pathlib.Path(path), FLAGS.overwrite)
+    model = TrainedModel(pathlib.Path(FLAGS.workdir), FLAGS.step, FLAGS.weights, sampling_overrides())
+    generator = model.generator(FLAGS.batch_size, FLAGS.seed)
+    images, labels = [], []
+    with tqdm(total=FLAGS.num_samples, desc=f"sampling step {model.step}", unit="image", dynamic_ncols=True) as bar:
+        for batch, chosen in generator.images(model.params, FLAGS.num_samples, parse_labels(FLAGS.labels)):
+            images.append(batch)
+            labels.append(chosen)
+            bar.update(len(batch))
+    images, labels = np.concatenate(images), np.concatenate(labels)
+    if FLAGS.output:
+        write_npz(pathlib.Path(FLAGS.output), arr_0=images, arr_1=labels.astype(np.int64))
+        print(f"{FLAGS.output}: arr_0 {images.shape} uint8, arr_1 {labels.shape}")
+    if FLAGS.grid:
+        pictures.write_png(pathlib.Path(FLAGS.grid), class_rows(images, labels))
+        print(f"{FLAGS.grid}: {GRID_COLUMNS} samples a row, one row a class")
+
+
+def class_rows(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The first samples of each of the first ten classes, one row a class; white where there are too few."""
+    rows = []
+    for label in np.unique(labels)[:GRID_COLUMNS]:
+        row = images[labels == label][:GRID_COLUMNS]
+        missing = np.full((GRID_COLUMNS - len(row), *images.shape[1:]), 255, np.uint8)
+        rows += [row, missing]
+    return pictures.grid(np.concatenate(rows), GRID_COLUMNS)
+
+
+def write_npz(path: pathlib.Path, **arrays: np.ndarray) -> None:
+    """An npz that appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    with part.open("wb") as file:
+        np.savez(file, **arrays)
+    os.replace(part, path)
+
+
+if __name__ == "__main__":
+    cli.run(main)
