@@ -18,7 +18,6 @@ from sra_jax.errors import UserError
 from sra_jax.interop import autoencoder as vae_interop
 from sra_jax.models.autoencoder import AutoencoderConfig
 
-
 # what ArrayRecord advises for random access: no data beyond the record is read, no threads are started
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 _READ_BUFFER_BYTES = 1 << 15

@@ -1,9 +1,6 @@
-"""Fixtures that several folders of tests use."""
+"""A small autoencoder and small images; the conftest.py of each folder of tests that needs them imports them."""
 
 import dataclasses
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -13,8 +10,6 @@ from PIL import Image
 
 from sra_jax.interop import autoencoder as vae_interop
 from sra_jax.models.autoencoder import AutoencoderConfig, abstract_model
-
-REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,23 +37,12 @@ def tiny_vae(tmp_path_factory) -> TinyVae:
     return TinyVae(folder, config, params)
 
 
-@pytest.fixture(scope="session")
-def run_tool():
-    """`run_tool("prepare_latents", "--flag=value", ...)` runs a command as a user does; a CompletedProcess with text."""
-
-    def run(tool: str, *arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
-        command = [sys.executable, str(REPOSITORY / "tools" / f"{tool}.py"), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(env or {})}, timeout=300)
-
-    return run
-
-
 @pytest.fixture
 def image_folder(tmp_path) -> Path:
-    """Two classes, `cat` and `dog`, with five small photographs-like jpg, png and webp files in all."""
+    """Two classes, `cat` and `dog`, with five small jpg, png and webp files in all."""
     rng = np.random.default_rng(1)
-    for name, size in {"dog/b.png": (20, 30), "dog/a.jpg": (33, 17), "cat/c.webp": (16, 16), "cat/deep/d.JPEG": (40, 64),
-                       "cat/e.jpg": (18, 21)}.items():  # fmt: skip
+    sizes = {"dog/b.png": (20, 30), "dog/a.jpg": (33, 17), "cat/c.webp": (16, 16), "cat/deep/d.JPEG": (40, 64)}
+    for name, size in {**sizes, "cat/e.jpg": (18, 21)}.items():
         path = tmp_path / "images" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         smooth = Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8)).resize(size, Image.Resampling.BICUBIC)
