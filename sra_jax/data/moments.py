@@ -6,7 +6,9 @@ posterior's mean and the others its standard deviation, and dataset.json with `{
 
 import dataclasses
 import hashlib
+import io
 import json
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,9 @@ import numpy as np
 from sra_jax.data.image_sources import existing_folder
 from sra_jax.data.images import UnreadableImageError
 from sra_jax.errors import UserError
+
+# np.load parses a file's header with `ast`, which fails now and then in threads of Python 3.11
+_HEADER_LOCK = threading.Lock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +36,9 @@ class MomentsItem:
           UnreadableImageError: the file is missing, damaged or holds something else.
         """
         try:
-            array = np.load(self.path)
+            content = io.BytesIO(self.path.read_bytes())
+            with _HEADER_LOCK:
+                array = np.load(content)
         except (OSError, ValueError, EOFError) as error:
             raise UnreadableImageError(str(error)) from error
         if array.ndim != 3 or array.shape[0] % 2 or not np.issubdtype(array.dtype, np.floating):
