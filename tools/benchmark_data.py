@@ -55,7 +55,7 @@ def race(contestants: dict[str, Callable[[], None]], items: int, before: Callabl
     baseline = statistics.median(next(iter(seconds.values())))
     for name, times in seconds.items():
         median = statistics.median(times)
-        print(f"  {name:34s} {items / median:9.1f}/s, best {items / min(times):9.1f}/s, {baseline / median:5.2f}x")
+        print(f"  {name:34s} {items / median:9.2f}/s, best {items / min(times):9.2f}/s, {baseline / median:5.2f}x")
 
 
 def drop_caches() -> None:
