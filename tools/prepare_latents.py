@@ -24,8 +24,8 @@ them with --config.data.name=latents --config.data.path=OUTPUT.
 
 Interrupted work goes on with the next unfinished shard when the same command runs again, and gives the same bytes on
 the same devices and --batch_size. To share the work, run the command in several processes on one file system: the
-process's index and count are JAX's on a TPU pod, those of SLURM (SLURM_PROCID, SLURM_NTASKS) or the flags'. The last
-process to finish writes the manifest.
+process's index and count are JAX's on a TPU pod, those of a SLURM step (SLURM_PROCID, SLURM_STEP_NUM_TASKS), or the
+flags'. The last process to finish writes the manifest.
 
 Exit codes: 0 all images encoded (in this process's shards); 2 bad input; 3 done, but some images could not be read:
 they are listed on stderr and in the manifest; 4 --verify found damaged shards.
@@ -83,7 +83,7 @@ def processes() -> tuple[int, int]:
         return FLAGS.process_index, FLAGS.process_count
     if jax.process_count() > 1:
         return jax.process_index(), jax.process_count()
-    return int(os.environ.get("SLURM_PROCID", 0)), int(os.environ.get("SLURM_NTASKS", 1))
+    return int(os.environ.get("SLURM_PROCID", 0)), int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
 
 
 def verify() -> int:

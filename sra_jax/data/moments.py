@@ -69,7 +69,10 @@ class MomentsFolder:
         if min(label for _, label in self._labels) < 0:
             raise UserError(f"{listing}: labels must not be below 0")
         self.num_classes = max(label for _, label in self._labels) + 1
-        self.shape = self[0].read().shape  # (2,H,W,C)
+        try:
+            self.shape = self[0].read().shape  # (2,H,W,C)
+        except UnreadableImageError as error:
+            raise UserError(f"{self[0].where}, the first of {listing}, cannot be read: {error}") from error
 
     def __len__(self) -> int:
         return len(self._labels)

@@ -2,7 +2,7 @@
 
 A record is the posterior's mean (H,W,C), its standard deviation (H,W,C), both in the manifest's dtype, then the label
 (int32): raw little-endian bytes one after the other. Any record is read by itself, without decoding others. Shards
-are not compressed: float32 moments shrink by 7 % under zstd and take longer to read.
+are not compressed, because the low bits of moments are noise.
 """
 
 import dataclasses

@@ -250,3 +250,6 @@ def test_moments_folder_errors(tmp_path):
     (tmp_path / "dataset.json").write_text('{"labels": []}')
     with pytest.raises(UserError, match=r"lists no example"):
         MomentsFolder(str(tmp_path))
+    (tmp_path / "dataset.json").write_text('{"labels": [["absent.npy", 0]]}')
+    with pytest.raises(UserError, match=r"absent\.npy, the first of .* cannot be read"):
+        MomentsFolder(str(tmp_path))

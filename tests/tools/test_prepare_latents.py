@@ -106,7 +106,7 @@ def test_two_processes_cover_the_set_once(flags, tmp_path):
     output = tmp_path / "shared"
     processes = []
     for i in range(2):
-        environment = ENVIRONMENT | {"SLURM_PROCID": str(i), "SLURM_NTASKS": "2"}
+        environment = ENVIRONMENT | {"SLURM_PROCID": str(i), "SLURM_STEP_NUM_TASKS": "2"}
         process = subprocess.Popen(
             command(*flags, f"--output={output}"),
             env=environment,
