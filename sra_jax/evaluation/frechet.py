@@ -41,7 +41,9 @@ def frechet_distance(
         raise UserError(f"statistics of {len(first.mean)} and of {len(second.mean)} features cannot be compared")
     for statistics in (first, second):
         if not (np.isfinite(statistics.mean).all() and np.isfinite(statistics.covariance).all()):
-            raise UserError("statistics hold NaN or infinite values: the file or the features they come from are broken")
+            raise UserError(
+                "statistics hold NaN or infinite values: the file or the features they come from are broken"
+            )
     if second_factor is None:
         second_factor = covariance_factor(second.covariance)
     overlap = covariance_factor(first.covariance).T @ second_factor
@@ -51,9 +53,7 @@ def frechet_distance(
     return float(max(distance, 0.0))
 
 
-def fid_infinity(
-    features: np.ndarray, reference: GaussianStatistics, *, points: int = 15, seed: int = 0
-) -> float:
+def fid_infinity(features: np.ndarray, reference: GaussianStatistics, *, points: int = 15, seed: int = 0) -> float:
     """The Frechet distance extrapolated to infinitely many samples.
 
     FID of N samples is too large by an amount proportional to 1/N. It is measured on random subsets of `points` sizes

@@ -81,7 +81,9 @@ def squared_radii(features: np.ndarray, *, neighbours: int = NEIGHBOURS, block: 
       UserError: not more than `neighbours` vectors.
     """
     if len(features) <= neighbours:
-        raise UserError(f"precision and recall with k={neighbours} need more than {neighbours} images, got {len(features)}")
+        raise UserError(
+            f"precision and recall with k={neighbours} need more than {neighbours} images, got {len(features)}"
+        )
     block = _block_size(block, len(features))
     shared, split = batch_shardings()
     features = np.asarray(features, np.float32)

@@ -15,14 +15,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-import safetensors
-import safetensors.numpy
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from sra_jax.errors import UserError
+from sra_jax.interop.cache import cache_folder
+from sra_jax.interop.safetensors_tree import checksum, read_safetensors, write_safetensors
 from sra_jax.interop.torch_file import read_torch_file
 from sra_jax.models.inception import Inception
 
@@ -71,21 +70,6 @@ class InceptionWeights:
 def abstract_parameters() -> dict[str, Any]:
     """The network's parameter tree with `jax.ShapeDtypeStruct` leaves."""
     return nnx.to_pure_dict(nnx.split(nnx.eval_shape(Inception))[1])
-
-
-def cache_folder() -> Path:
-    """Where downloaded and converted weights are kept: $SRA_JAX_CACHE, else sra_jax in the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sra_jax"
-    return Path(os.environ.get("SRA_JAX_CACHE") or default)
-
-
-def checksum(parameters: Parameters) -> str:
-    """16 hexadecimal digits of the SHA-256 of all names, shapes and values."""
-    digest = hashlib.sha256()
-    for name, values in sorted(flatten_dict(parameters, sep=".").items()):
-        digest.update(f"{name} {values.shape} {values.dtype}".encode())
-        digest.update(np.ascontiguousarray(values).tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _tensor(state_dict: Mapping[str, np.ndarray], name: str) -> np.ndarray:
@@ -139,56 +123,40 @@ def convert_state_dict(state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
     return unflatten_dict(converted)
 
 
-def _uniform(bits: np.random.Philox, shape: tuple[int, ...]) -> np.ndarray:
-    """Uniform in [-1, 1) from raw bits: generators' own distributions may change between numpy versions."""
-    raw = bits.random_raw(int(np.prod(shape))) >> np.uint64(40)
-    return (raw.astype(np.float64) / 2**23 - 1).reshape(shape)
-
-
 def random_parameters(seed: int = 0) -> dict[str, Any]:
-    """Parameters of the true architecture, random but the same on every machine and in every version.
+    """Parameters of the true architecture, random but the same to the last bit on every machine and in every version.
 
     Kernels are uniform, centred over their inputs and scaled so that activations keep a standard deviation near one
     from layer to layer. Centring keeps the mean of rectified inputs from drowning their differences: features of
-    different images stay different. Biases are uniform in [-0.1, 0.1). The last layer is scaled up by LOGIT_GAIN, without
-    which the inception score would be 1 whatever the images.
+    different images stay different. Biases are uniform in [-0.1, 0.1). The last layer is scaled up by LOGIT_GAIN,
+    without which the inception score would be 1 whatever the images.
     """
     bits = np.random.Philox(key=seed)
     parameters = {}
     for path, expected in sorted(flatten_dict(abstract_parameters()).items()):
-        values = _uniform(bits, expected.shape)
+        # Raw bits and sums of integers: neither depends on numpy's version or on the order of summation.
+        size = int(np.prod(expected.shape))
+        integers = (bits.random_raw(size) >> np.uint64(40)).astype(np.int64).reshape(expected.shape)  # [0, 2^24)
         if path[-1] == "bias":
-            values *= 0.1
+            values = (integers - 2**23) / 2**23 * 0.1
         else:
             fan_in = int(np.prod(expected.shape[:-1]))
-            values -= values.mean(axis=tuple(range(values.ndim - 1)), keepdims=True)
-            # A uniform number in [-1, 1) has variance 1/3; rectifying a standard normal leaves 0.34 of its variance.
-            values *= np.sqrt(3 / fan_in / 0.34) * (LOGIT_GAIN if path[0] == "fc" else 1)
+            centre = integers.sum(axis=tuple(range(integers.ndim - 1))) / fan_in
+            # Uniform numbers in [-1, 1) have variance 1/3; rectifying a standard normal leaves 0.34 of its variance.
+            scale = np.sqrt(3 / fan_in / 0.34) * (LOGIT_GAIN if path[0] == "fc" else 1)
+            values = (integers - centre) / 2**23 * scale
         parameters[path] = values.astype(np.float32)
     return unflatten_dict(parameters)
 
 
-def _write_safetensors(path: Path, parameters: Parameters, metadata: dict[str, str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
-    safetensors.numpy.save_file(flatten_dict(parameters, sep="."), unfinished, metadata)
-    os.replace(unfinished, path)
-
-
-def _read_safetensors(path: Path) -> InceptionWeights:
-    expected = flatten_dict(abstract_parameters(), sep=".")
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: no mapping
-            metadata = file.metadata() or {}
-    except safetensors.SafetensorError as error:
-        raise UserError(f"{path} cannot be read as safetensors: {error}. Delete it and convert again") from error
-    if {name: (a.shape, a.dtype) for name, a in arrays.items()} != {n: (e.shape, e.dtype) for n, e in expected.items()}:
+def _read_converted(path: Path) -> InceptionWeights:
+    parameters, metadata = read_safetensors(path)
+    found, expected = flatten_dict(parameters), flatten_dict(abstract_parameters())
+    if {name: (a.shape, a.dtype) for name, a in found.items()} != {n: (e.shape, e.dtype) for n, e in expected.items()}:
         raise UserError(
             f"{path} does not hold converted Inception weights. Give the published checkpoint {Path(URL).name} or the "
             f"{CACHE_NAME} that was made of it"
         )
-    parameters = unflatten_dict(arrays, sep=".")
     published = metadata.get("source_sha256", "").startswith(SHA256_PREFIX)
     return InceptionWeights(parameters, checksum(parameters), published)
 
@@ -205,14 +173,14 @@ def convert_checkpoint(source: Path, target: Path) -> InceptionWeights:
         raise UserError(f"Inception weights {source}: {error}") from error
     with source.open("rb") as file:
         source_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    _write_safetensors(target, parameters, {"source": source.name, "source_sha256": source_sha256})
-    return _read_safetensors(target)
+    write_safetensors(target, parameters, {"source": source.name, "source_sha256": source_sha256})
+    return _read_converted(target)
 
 
 def _download(target: Path) -> None:
     advice = (
-        f"Download {URL} with a browser or on another machine, then give it with --weights=path/to/{Path(URL).name}; or "
-        "use --extractor=inception_random, whose numbers compare only with others of that extractor"
+        f"Download {URL} with a browser or on another machine, then give it with --weights=path/to/{Path(URL).name}; "
+        "or use --extractor=inception_random, whose numbers compare only with others of that extractor"
     )
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=target.parent, suffix=".unfinished", delete=False) as unfinished:
@@ -226,8 +194,7 @@ def _download(target: Path) -> None:
             os.replace(unfinished.name, target)
         except OSError as error:
             os.unlink(unfinished.name)
-            raise UserError(f"Inception weights are not in {target.parent} and cannot be downloaded: {error}. {advice}") \
-                from error  # fmt: skip
+            raise UserError(f"Inception weights are not in {target.parent}, no download: {error}. {advice}") from error
 
 
 def load_weights(path: str | Path | None = None) -> InceptionWeights:
@@ -247,25 +214,21 @@ def load_weights(path: str | Path | None = None) -> InceptionWeights:
             if not checkpoint.exists():
                 _download(checkpoint)
             return convert_checkpoint(checkpoint, target)
-        return _read_safetensors(target)
+        return _read_converted(target)
     path = Path(path)
     if not path.is_file():
         raise UserError(f"Inception weights {path} do not exist. The published checkpoint is at {URL}")
     if path.suffix == ".safetensors":
-        return _read_safetensors(path)
+        return _read_converted(path)
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    target = cache_folder() / (CACHE_NAME if digest.startswith(SHA256_PREFIX) else f"inception-{digest[:16]}.safetensors")
-    return _read_safetensors(target) if target.exists() else convert_checkpoint(path, target)
+    target = cache_folder() / (
+        CACHE_NAME if digest.startswith(SHA256_PREFIX) else f"inception-{digest[:16]}.safetensors"
+    )
+    return _read_converted(target) if target.exists() else convert_checkpoint(path, target)
 
 
 def random_weights(seed: int = 0) -> InceptionWeights:
     """`random_parameters` with their checksum."""
     parameters = random_parameters(seed)
     return InceptionWeights(parameters, checksum(parameters), published=False)
-
-
-def build(parameters: Parameters) -> tuple[Any, Parameters]:
-    """(graphdef, parameters on the default device): `nnx.merge(graphdef, parameters)(images)`."""
-    graphdef, _ = nnx.split(nnx.eval_shape(Inception))
-    return graphdef, jax.tree.map(jax.numpy.asarray, parameters)
