@@ -27,7 +27,9 @@ def write_safetensors(path: Path, tree: Mapping[str, Any], metadata: dict[str, s
     """Writes a tree of arrays under dotted names; the file appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
-    safetensors.numpy.save_file(flatten_dict(tree, sep="."), unfinished, metadata)
+    # safetensors writes the memory as it lies, whatever its strides are.
+    arrays = {name: np.ascontiguousarray(values) for name, values in flatten_dict(tree, sep=".").items()}
+    safetensors.numpy.save_file(arrays, unfinished, metadata)
     os.replace(unfinished, path)
 
 

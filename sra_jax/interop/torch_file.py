@@ -54,7 +54,7 @@ class _Tensor:
         if values is None or (math.prod(self.shape) and self._last() >= values.size):
             raise ValueError("a tensor reaches beyond its storage")
         strides = [stride * values.itemsize for stride in self.strides]
-        return np.ascontiguousarray(np.lib.stride_tricks.as_strided(values[self.offset :], self.shape, strides))
+        return np.lib.stride_tricks.as_strided(values[self.offset :], self.shape, strides).copy()
 
     def _last(self) -> int:
         return self.offset + sum((n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True))
