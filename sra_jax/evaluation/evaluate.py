@@ -119,7 +119,7 @@ def measure(
             holder = "no reference is given" if reference is None else f"the reference {reference.name} holds none"
             raise UserError(f"{name} needs a reference's {part} features or statistics, and {holder}")
 
-    pool, spatial = (Moments.empty(0), Moments.empty(0))
+    pool, spatial = Moments(), Moments()
     score = InceptionScore()
     kept: list[np.ndarray] = []
     count = correct = 0
@@ -139,9 +139,9 @@ def measure(
     ):
         count += len(features["pool"])
         if "fid" in metrics:
-            pool = _added(pool, features["pool"])
+            pool.update(features["pool"])
         if "sfid" in metrics:
-            spatial = _added(spatial, features["spatial"])
+            spatial.update(features["spatial"])
         if "inception_score" in metrics:
             score.update(features["logits"])
         if "accuracy" in metrics:
@@ -198,12 +198,6 @@ def least_samples(metrics: Collection[str]) -> int:
     if "fid_infinity" in metrics:
         return 20
     return NEIGHBOURS + 1 if {"precision", "recall"} & set(metrics) else 2
-
-
-def _added(moments: Moments, features: np.ndarray) -> Moments:
-    moments = moments if moments.count else Moments.empty(features.shape[1])
-    moments.update(features)
-    return moments
 
 
 def _ordered(computed: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ Heusel et al., "GANs trained by a two time-scale update rule", arXiv 1706.08500,
 import numpy as np
 
 from sra_jax.errors import UserError
-from sra_jax.evaluation.statistics import GaussianStatistics, Moments
+from sra_jax.evaluation.statistics import GaussianStatistics, gaussian_statistics
 
 
 def covariance_factor(covariance: np.ndarray) -> np.ndarray:
@@ -77,7 +77,7 @@ def fid_infinity(features: np.ndarray, reference: GaussianStatistics, *, points:
     distances = []
     for size in sizes:
         subset = np.sort(generator.choice(len(features), size, replace=False))
-        statistics = Moments.of(features[subset]).statistics()
+        statistics = gaussian_statistics(features[subset])
         distances.append(frechet_distance(statistics, reference, second_factor=factor))
     _, intercept = np.polyfit(1 / sizes, distances, deg=1)
     return float(intercept)

@@ -95,7 +95,7 @@ def make_reference(
         raise UserError(f"a reference needs at least 2 images, {images.name} has {len(images)}")
     chosen = np.zeros(len(images), bool)
     chosen[np.linspace(0, len(images) - 1, min(most_features, len(images))).round().astype(int)] = True
-    pool = spatial = None
+    pool, spatial = Moments(), Moments()
     features = []
     done = 0
     for batch, _ in extract_features(
@@ -106,9 +106,9 @@ def make_reference(
         description=f"reference {images.name}",
         progress=progress,
     ):
-        pool = _updated(pool, batch["pool"])
+        pool.update(batch["pool"])
         if "spatial" in extractor.outputs:
-            spatial = _updated(spatial, batch["spatial"])
+            spatial.update(batch["spatial"])
         features.append(batch["pool"][chosen[done : done + len(batch["pool"])]])
         done += len(batch["pool"])
     return Reference(
@@ -117,15 +117,9 @@ def make_reference(
         image_size=images.shape[1:3],
         count=len(images),
         pool=pool.statistics(),
-        spatial=None if spatial is None else spatial.statistics(),
+        spatial=spatial.statistics() if spatial.count else None,
         features=np.concatenate(features),
     )
-
-
-def _updated(moments: Moments | None, features: np.ndarray) -> Moments:
-    moments = moments or Moments.empty(features.shape[1])
-    moments.update(features)
-    return moments
 
 
 def save_reference(reference: Reference, path: str | Path) -> None:

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import os
 import shutil
+import sys
 import tempfile
 import urllib.request
 from collections.abc import Mapping
@@ -182,6 +183,7 @@ def _download(target: Path) -> None:
         f"Download {URL} with a browser or on another machine, then give it with --weights=path/to/{Path(URL).name}; "
         "or use --extractor=inception_random, whose numbers compare only with others of that extractor"
     )
+    print(f"downloading {URL} (95 MB) to {target.parent}", file=sys.stderr)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=target.parent, suffix=".unfinished", delete=False) as unfinished:
         try:

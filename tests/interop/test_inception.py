@@ -38,7 +38,10 @@ def test_the_network_has_the_published_number_of_parameters():
 
 
 def test_safetensors_round_trip(tmp_path):
-    tree = {"a": {"b": np.arange(6, dtype=np.float32).reshape(2, 3)}, "c": np.arange(12, dtype=np.float32).reshape(3, 4).T}
+    tree = {
+        "a": {"b": np.arange(6, dtype=np.float32).reshape(2, 3)},
+        "c": np.arange(12, dtype=np.float32).reshape(3, 4).T,
+    }
     write_safetensors(tmp_path / "new" / "x.safetensors", tree, {"source": "here"})
     loaded, metadata = read_safetensors(tmp_path / "new" / "x.safetensors")
     assert checksum(loaded) == checksum(tree)

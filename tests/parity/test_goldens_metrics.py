@@ -11,7 +11,7 @@ from sra_jax.models.inception import resize_bilinear_tf1
 
 
 def moments_in_batches(features, batch=37):
-    moments = Moments.empty(features.shape[1])
+    moments = Moments()
     for start in range(0, len(features), batch):
         moments.update(features[start : start + batch])
     return moments.statistics()
