@@ -30,7 +30,7 @@ from sra_jax.evaluation import evaluate
 from sra_jax.evaluation.extractors import build_extractor
 from sra_jax.evaluation.features import Extractor, extract_features
 from sra_jax.evaluation.images import ImageSet
-from sra_jax.evaluation.reference import Reference, make_reference
+from sra_jax.evaluation.reference import make_reference
 from sra_jax.models.inception import NUM_LOGITS, POOL_FEATURES, SPATIAL_FEATURES
 
 FLAGS = flags.FLAGS
@@ -119,7 +119,7 @@ def peak_gibibytes() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def measure_metrics() -> dict[str, float]:
+def measure_metrics() -> dict[str, object]:
     """Seconds of each step and the process's peak memory."""
     extractor = synthetic_extractor()
     seconds: dict[str, float] = {}
@@ -131,34 +131,24 @@ def measure_metrics() -> dict[str, float]:
         print(f"{name}: {seconds[name]:.1f} s, peak so far {peak_gibibytes():.2f} GiB", file=sys.stderr)
         return result
 
-    def features():
-        batches = extract_features(synthetic_images(FLAGS.num_samples, 1).batches(256), extractor, progress=False)
-        return np.concatenate([batch["pool"] for batch, _ in batches])
-
-    def all_at_once(reference: Reference):
-        metrics = [name for name in evaluate.METRICS if name != "accuracy"]
-        images = synthetic_images(FLAGS.num_samples, 1).batches(256)
-        return evaluate.measure(images, reference, extractor, metrics=metrics, progress=False)
-
     def one(*metrics):
         return lambda: evaluate.metrics_of_features(pool, reference, metrics)
 
-    def streamed():
-        images = synthetic_images(FLAGS.num_samples, 1).batches(256)
-        metrics = ("fid", "sfid", "inception_score")
-        return evaluate.measure(images, reference, extractor, metrics=metrics, progress=False)
-
     images = synthetic_images(FLAGS.num_reference, 0)
     reference = timed("reference", lambda: make_reference(images, extractor, progress=False))
-    result = timed("all_metrics", lambda: all_at_once(reference))
-    peak = peak_gibibytes()
-    timed("fid_sfid_inception_score", streamed)
-    pool = features()
-    timed("precision_recall", one("precision", "recall"))
-    timed("kid", one("kid"))
-    timed("fid_infinity", one("fid_infinity"))
+    metrics = ("fid", "sfid", "inception_score")
+    batches = synthetic_images(FLAGS.num_samples, 1).batches(256)
+    result = timed(
+        "fid_sfid_inception_score",
+        lambda: evaluate.measure(batches, reference, extractor, metrics=metrics, progress=False),
+    )
+    batches = extract_features(synthetic_images(FLAGS.num_samples, 1).batches(256), extractor, progress=False)
+    pool = np.concatenate([batch["pool"] for batch, _ in batches])
+    result |= timed("precision_recall", one("precision", "recall"))
+    result |= timed("kid", one("kid"))
+    result |= timed("fid_infinity", one("fid_infinity"))
     numbers = {name: result[name] for name in evaluate.METRICS if name in result}
-    return {"peak_gibibytes": peak, "seconds": seconds, "metrics": numbers}
+    return {"peak_gibibytes": peak_gibibytes(), "seconds": seconds, "metrics": numbers}
 
 
 def main() -> None:

@@ -34,30 +34,29 @@ class PrecisionRecall(NamedTuple):
     reference_radii: np.ndarray
 
 
-def _squared_distances(rows: jax.Array, columns: jax.Array) -> jax.Array:
+@jax.jit
+def _squared_norms(features: jax.Array) -> jax.Array:
+    return (features**2).sum(axis=1)
+
+
+def _squared_distances(rows: jax.Array, row_norms: jax.Array, columns: jax.Array, column_norms: jax.Array) -> jax.Array:
+    """(R,D), (R,), (C,D), (C,) -> (R,C). Norms come from outside: XLA would compute them again for every entry."""
     product = jnp.matmul(rows, columns.T, precision=jax.lax.Precision.HIGHEST)
-    return jnp.maximum((rows**2).sum(1)[:, None] - 2 * product + (columns**2).sum(1), 0)
+    return jnp.maximum(row_norms[:, None] - 2 * product + column_norms, 0)
 
 
 @jax.jit
-def _keep_smallest(smallest: jax.Array, rows: jax.Array, columns: jax.Array, count: jax.Array) -> jax.Array:
-    """Merges distances to the first `count` columns into each row's sorted list of smallest ones."""
-    distances = _squared_distances(rows, columns)
+def _keep_smallest(smallest, rows, row_norms, columns, column_norms, count):
+    """Merges distances to the first `count` columns into each row's sorted list of smallest ones, (R,k) -> (R,k)."""
+    distances = _squared_distances(rows, row_norms, columns, column_norms)
     distances = jnp.where(jnp.arange(len(columns)) < count, distances, jnp.inf)
-    found = []
-    # A few minima, each removed once found: many times as fast as a sort on every backend. `argmin` removes one entry
-    # of equals, as a sort would count them.
-    for _ in range(smallest.shape[1]):
-        place = jnp.argmin(distances, axis=1)
-        found.append(jnp.take_along_axis(distances, place[:, None], axis=1))
-        distances = jnp.where(jnp.arange(len(columns)) == place[:, None], jnp.inf, distances)
-    return jnp.sort(jnp.concatenate([smallest, *found], axis=1), axis=1)[:, : smallest.shape[1]]
+    return -jax.lax.top_k(-jnp.concatenate([smallest, distances], axis=1), smallest.shape[1])[0]
 
 
 @jax.jit
-def _cover(rows: jax.Array, row_radii: jax.Array, columns: jax.Array, column_radii: jax.Array):
-    """Which rows lie within the radius of any column, and which columns within that of any row."""
-    distances = _squared_distances(rows, columns)
+def _cover(rows, row_norms, row_radii, columns, column_norms, column_radii):
+    """Which rows lie within the radius of any column, and which columns within that of any row: (R,), (C,) bool."""
+    distances = _squared_distances(rows, row_norms, columns, column_norms)
     return (distances <= column_radii).any(axis=1), (distances <= row_radii[:, None]).any(axis=0)
 
 
@@ -90,11 +89,13 @@ def squared_radii(features: np.ndarray, *, neighbours: int = NEIGHBOURS, block: 
     radii = np.empty(len(features), np.float32)
     for rows_at, rows in _blocks(features, block):
         rows = jax.device_put(rows, split)
+        row_norms = _squared_norms(rows)
         # The k nearest, and the vector itself at distance zero.
         smallest = jax.device_put(np.full((block, neighbours + 1), np.inf, np.float32), split)
         for columns_at, columns in _blocks(features, block):
             count = len(features[columns_at])
-            smallest = _keep_smallest(smallest, rows, jax.device_put(columns, shared), count)
+            columns = jax.device_put(columns, shared)
+            smallest = _keep_smallest(smallest, rows, row_norms, columns, _squared_norms(columns), count)
         radii[rows_at] = np.asarray(smallest)[: len(radii[rows_at]), -1]
     return radii
 
@@ -124,6 +125,7 @@ def precision_recall(
     reference_covered = np.zeros(len(reference), bool)
     for rows_at, rows in _blocks(samples, block):
         rows = jax.device_put(rows, split)
+        row_norms = _squared_norms(rows)
         row_radii = samples_radii[rows_at]
         # A negative radius covers nothing: rows and columns that only fill the block have no say.
         row_radii = jax.device_put(np.pad(row_radii, (0, block - len(row_radii)), constant_values=-1), split)
@@ -131,9 +133,8 @@ def precision_recall(
             column_radii = reference_radii[columns_at]
             count = len(column_radii)
             column_radii = np.pad(column_radii, (0, block - count), constant_values=-1)
-            in_rows, in_columns = _cover(
-                rows, row_radii, jax.device_put(columns, shared), jax.device_put(column_radii, shared)
-            )
+            columns, column_radii = jax.device_put((columns, column_radii), shared)
+            in_rows, in_columns = _cover(rows, row_norms, row_radii, columns, _squared_norms(columns), column_radii)
             samples_covered[rows_at] |= np.asarray(in_rows)[: len(samples_covered[rows_at])]
             reference_covered[columns_at] |= np.asarray(in_columns)[:count]
     return PrecisionRecall(
