@@ -31,7 +31,7 @@ def run(main: Callable[[], int | None], argv: Sequence[str] | None = None) -> No
 
     def guarded(arguments: Sequence[str]) -> None:
         if not flags.FLAGS["verbosity"].present:
-            logging.set_verbosity(logging.WARNING)  # libraries narrate every file they touch
+            logging.set_verbosity(logging.ERROR)  # libraries narrate every file they touch
         try:
             if len(arguments) > 1:
                 raise UserError(

@@ -28,7 +28,7 @@ EMA_SCHEDULES = ("constant", "cosine")
 
 FREE_KEYS = (
     "steps", "epochs", "examples", "log_every", "sample_every", "checkpoint_every", "keep", "accumulation",
-    "data.path", "data.workers", "mesh", "model.remat", "sampling", "evaluation",
+    "data.path", "data.workers", "data.vae", "mesh", "model.remat", "sampling", "evaluation",
 )  # fmt: skip
 """Keys, or groups of keys, that a resumed run may change: they move no number beyond float32 rounding. The length of
 the run is free as long as no schedule depends on it."""
@@ -56,10 +56,11 @@ def default() -> ConfigDict:
             "keep": 3,  # newest checkpoints that are kept
             "data": {
                 "name": "synthetic",  # a name of sra_jax.data.registry.SOURCES
-                "path": "",  # folder of sets that lie on disk
+                "path": "",  # latents: the folder that tools/prepare_latents.py made; pixels: idx:DIR and the like
                 "image_size": 32,  # height and width that the model sees
                 "channels": 4,
                 "num_classes": 1000,
+                "vae": "",  # autoencoder that decodes latents: a folder or a Hugging Face id; empty: the one they name
                 "workers": 0,  # processes that read ahead; 0 reads in threads
             },
             "model": {
@@ -108,6 +109,14 @@ def default() -> ConfigDict:
                 "guidance_channels": 0,  # guide the first so many channels; 0 guides all
                 "preview_classes": 10,  # rows of a preview grid: the first so many classes
                 "preview_per_class": 8,  # its columns
+            },
+            "evaluation": {
+                "every": 0,  # steps between evaluations of the EMA; 0 makes none
+                "num_samples": 5000,
+                "batch_size": 250,  # samples at a time over all devices
+                "reference": "dataset",  # the training set's own images, or as tools/fid.py takes it
+                "extractor": "inception",  # inception, inception_random or classifier
+                "weights": "",  # of the extractor; empty: the cache or the network
             },
             "mesh": {
                 "data": -1,  # devices over which the batch is split, with a whole state each; -1: all that are left
@@ -294,7 +303,8 @@ def _check_training(config: ConfigDict, device_count: int) -> None:
             f"the run's length is given by {' and '.join(given) or 'nothing'}: set exactly one of steps, epochs, "
             "examples and leave the others at 0"
         )
-    _at_least(config, 0, "steps", "epochs", "examples", "sample_every", "seed")
+    _at_least(config, 0, "steps", "epochs", "examples", "sample_every", "seed", "evaluation.every")
+    _at_least(config, 1, "evaluation.batch_size", "evaluation.num_samples")
     _at_least(config, 1, "batch_size", "accumulation", "log_every", "checkpoint_every", "keep")
     _choice("dtype", config.dtype, DTYPES)
     if not 0 <= config.label_dropout < 1:

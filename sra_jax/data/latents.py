@@ -110,7 +110,12 @@ def sample_posterior(
 
 def _manifest(data: Any) -> shards.Manifest:
     if not data.path:
-        raise UserError("data.path is empty: it should be the folder that tools/prepare_latents.py made")
+        raise UserError(
+            "data.path is empty: latents come from a folder that tools/prepare_latents.py makes of images, such as\n"
+            "  python tools/prepare_latents.py --source=tfds:imagenet2012 --output=LATENTS --image_size=256\n"
+            "then add --config.data.path=LATENTS. Without images: the :smoke variant of the recipe, or "
+            "--config.data.name=synthetic"
+        )
     return shards.read_manifest(data.path)
 
 

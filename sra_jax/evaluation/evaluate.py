@@ -1,12 +1,13 @@
 """All metrics of a stream of images in one pass: used by tools/fid.py and by the training loop."""
 
+import itertools
 from collections.abc import Collection, Iterable
 from typing import Any
 
 import numpy as np
 
 from sra_jax.errors import UserError
-from sra_jax.evaluation.features import Extractor, extract_features
+from sra_jax.evaluation.features import Extractor, Features, extract_features
 from sra_jax.evaluation.frechet import fid_infinity, frechet_distance
 from sra_jax.evaluation.images import ImageBatch
 from sra_jax.evaluation.inception_score import InceptionScore
@@ -112,6 +113,25 @@ def measure(
       UserError: a metric that cannot be computed from what is given, images that do not compare with the reference, or
         too few images.
     """
+    batches = iter(batches)
+    first = next(batches, None)
+    if first is None:
+        raise UserError("metrics need at least 2 images, got 0")
+    features = extract_features(
+        itertools.chain([first], batches), extractor, batch_size=batch_size, total=total, description="samples",
+        progress=progress,
+    )  # fmt: skip
+    return measure_features(
+        features, reference, extractor, metrics=metrics, image_size=first[0].shape[1:3], seed=seed
+    )
+
+
+def check_measurable(metrics: Collection[str], reference: Reference | None, extractor: Extractor) -> None:
+    """Refuses metrics for which the reference lacks what they need.
+
+    Raises:
+      UserError: which metric lacks what.
+    """
     check_metrics(metrics, extractor, labels=True)
     for name in metrics:
         part = METRICS[name][2]
@@ -119,24 +139,26 @@ def measure(
             holder = "no reference is given" if reference is None else f"the reference {reference.name} holds none"
             raise UserError(f"{name} needs a reference's {part} features or statistics, and {holder}")
 
+
+def measure_features(
+    stream: Iterable[tuple[Features, np.ndarray | None]],
+    reference: Reference | None,
+    extractor: Extractor,
+    *,
+    metrics: Collection[str],
+    image_size: tuple[int, int],
+    seed: int = 0,
+) -> dict[str, Any]:
+    """As `measure`, from features that `extract_features` made of images of `image_size` (H,W)."""
+    check_measurable(metrics, reference, extractor)
+    if reference is not None:
+        check_comparable(reference, extractor, image_size)
     pool, spatial = Moments(), Moments()
     score = InceptionScore()
     kept: list[np.ndarray] = []
     count = correct = 0
-    image_size = None
 
-    def watched():
-        nonlocal image_size
-        for images, labels in batches:
-            if image_size is None:
-                image_size = tuple(images.shape[1:3])
-                if reference is not None:
-                    check_comparable(reference, extractor, image_size)
-            yield images, labels
-
-    for features, labels in extract_features(
-        watched(), extractor, batch_size=batch_size, total=total, description="samples", progress=progress
-    ):
+    for features, labels in stream:
         count += len(features["pool"])
         if "fid" in metrics:
             pool.update(features["pool"])

@@ -105,6 +105,16 @@ class Generator:
         rows = jax.ShapeDtypeStruct((self.batch_size,), np.int32, sharding=split)
         return self._sample.lower(params, rows, rows, np.int32(self._seed))
 
+    def describe(self) -> dict[str, Any]:
+        """How the samples are made: for results, and to tell whether two sets of samples are the same."""
+        sampling = {k: v for k, v in self._config.sampling.items() if not k.startswith("preview_")}
+        return {**sampling, "seed": self._seed}
+
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images, pixels; one latent of zeros is decoded to know it."""
+        size, channels = self._config.data.image_size, self._config.data.channels
+        return self._decoder(jnp.zeros((1, size, size, channels))).shape[1:3]
+
     def images(
         self, params: Params, count: int, labels: str | Sequence[int] = "balanced", start: int = 0
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -44,12 +44,14 @@ class Reference:
     features: np.ndarray | None
 
 
-def stored_metadata(path: str | Path) -> dict[str, object] | None:
+def stored_metadata(path: str | Path | ImageSet) -> dict[str, object] | None:
     """What a statistics file of ours says of itself (extractor, name, image_size, count), None for any other source.
 
     Raises:
       UserError: the path is not there, or an npz file is damaged.
     """
+    if isinstance(path, ImageSet):
+        return None
     path = Path(path)
     if path.is_dir():
         return None
@@ -69,12 +71,14 @@ def stored_metadata(path: str | Path) -> dict[str, object] | None:
     return metadata
 
 
-def reference_images(path: str | Path) -> ImageSet | None:
+def reference_images(path: str | Path | ImageSet) -> ImageSet | None:
     """The images of a reference source, None for a statistics file, which has none.
 
     Raises:
       UserError: the path is not there, or damaged.
     """
+    if isinstance(path, ImageSet):
+        return path
     return None if stored_metadata(path) else open_images(path)
 
 
@@ -191,7 +195,7 @@ def _load_stored(path: Path, metadata: dict[str, object], extractor: Extractor) 
 
 
 def load_reference(
-    path: str | Path,
+    path: str | Path | ImageSet,
     extractor: Extractor,
     *,
     with_features: bool = True,
@@ -202,7 +206,7 @@ def load_reference(
 
     Args:
       path: statistics file (`save_reference`); ADM's VIRTUAL_*.npz (statistics of the whole set with 10,000 of its
-        images); npz or folder of images.
+        images); npz or folder of images; or images that are open already.
       extractor: the network whose features are compared.
       with_features: whether features are needed (precision, recall, KID). ADM's files hold images for them, which then
         go through the network; statistics files of ours hold the features themselves.
@@ -212,6 +216,8 @@ def load_reference(
     Raises:
       UserError: the source is missing, damaged or incomplete, or was made with another extractor.
     """
+    if isinstance(path, ImageSet):
+        return make_reference(path, extractor, batch_size=batch_size, progress=progress)
     path = Path(path)
     metadata = stored_metadata(path)
     if metadata:

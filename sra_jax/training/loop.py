@@ -21,6 +21,7 @@ from sra_jax.data.dataset import Dataset
 from sra_jax.errors import Preempted, RunError, UserError
 from sra_jax.evaluation import pictures
 from sra_jax.evaluation.generation import Generator
+from sra_jax.evaluation.runs import TrainingEvaluation
 from sra_jax.training import metrics as metrics_lib
 from sra_jax.training import processes, sharding
 from sra_jax.training.checkpoints import Checkpoints
@@ -231,6 +232,7 @@ def _run(
     compiled = program.train_step.lower(program.state, abstract_batch(dataset, config.batch_size, mesh)).compile()
     previews = Previews(config, mesh, workdir) if config.sample_every else None
     writer = metrics_lib.Writer(workdir) if jax.process_index() == 0 else None
+    evaluation = TrainingEvaluation(config, mesh, workdir) if config.evaluation.every else None
     journal = Journal(config, writer, bar, checkpoints)
     bar.set_description("training")
     try:
@@ -253,6 +255,12 @@ def _run(
                 picture = previews.write(state.ema, step + 1)
                 if writer:
                     writer.image(step + 1, "samples", picture)
+                journal.restart_clock()
+            if evaluation and (last or (step + 1) % config.evaluation.every == 0):
+                journal.read()
+                measured = evaluation.measure(state.ema, step + 1)
+                if writer:
+                    writer.write(step + 1, measured)
                 journal.restart_clock()
         checkpoints.wait()
     finally:
