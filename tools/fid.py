@@ -160,6 +160,8 @@ def _measure_run(
             workdir, {**made, "extractor": extractor.identity, "images": bool(FLAGS.save_samples)}
         ),
     )  # fmt: skip
+    if kept := samples.kept():
+        print(f"{kept} of {FLAGS.num_samples} samples are kept from an earlier attempt", file=sys.stderr)
     result = evaluate.measure_features(
         samples.features(f"samples of step {model.step}"), reference, extractor, metrics=metrics,
         image_size=generator.image_size(), seed=FLAGS.seed,

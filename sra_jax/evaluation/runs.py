@@ -79,6 +79,11 @@ class Samples:
     folder: Path | None
     keep_images: bool = False
 
+    def kept(self) -> int:
+        """How many samples an earlier attempt left, which need not be made again."""
+        bounds = [(start, min(start + CHUNK, self.count)) for start in range(0, self.count, CHUNK)]
+        return sum(stop - start for start, stop in bounds if self.folder and self._path(start, stop).exists())
+
     def features(self, description: str = "samples") -> Iterator[tuple[Features, np.ndarray]]:
         """Features and labels of all samples in order; whole chunks of an earlier attempt are read, not made."""
         with tqdm(total=self.count, desc=description, unit="image", dynamic_ncols=True) as bar:
