@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from sra_jax.errors import UserError
@@ -61,10 +62,22 @@ class Checkpoints:
           Exception: whatever orbax raises where the files are damaged.
         """
         trees = {name: ocp.args.StandardRestore(getattr(abstract, name)) for name in TREES}
-        restored = self._manager.restore(step, args=ocp.args.Composite(**trees, meta=ocp.args.JsonRestore()))
-        number = jax.device_put(jax.numpy.asarray(step, abstract.step.dtype), abstract.step.sharding)
+        with self._reader() as reader:
+            restored = reader.restore(step, args=ocp.args.Composite(**trees, meta=ocp.args.JsonRestore()))
+        number = jax.make_array_from_callback(  # `device_put` would ask the other processes
+            (), abstract.step.sharding, lambda _: np.asarray(step, abstract.step.dtype)
+        )
         state = TrainState(step=number, **{name: restored[name] for name in TREES})
         return state, restored["meta"]
+
+    def _reader(self) -> ocp.CheckpointManager:
+        """A manager of this process alone: reading waits for no other process, which may have failed to read."""
+        me = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"reader_{me}"
+        )
+        options = ocp.CheckpointManagerOptions(create=False, multiprocessing_options=alone)
+        return ocp.CheckpointManager(self.directory, options=options, item_names=(*TREES, "meta"))
 
     def restore_newest(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any], list[str]] | None:
         """The newest checkpoint that can be read, or None where there is none.
