@@ -16,7 +16,7 @@ from sra_jax.training.processes import detect
 from tests.conftest import ROOT, TINY_DIGITS, command_environment, run
 
 STEPS = 20
-HEARTBEAT = 10
+HEARTBEAT = 20
 END_SECONDS = 2 * HEARTBEAT + 30
 COMMON = (
     *TINY_DIGITS, f"--config.steps={STEPS}", "--config.log_every=1", "--config.checkpoint_every=8",
