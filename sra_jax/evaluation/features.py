@@ -48,7 +48,7 @@ def rebatch(batches: Iterable[ImageBatch], batch_size: int) -> Iterator[ImageBat
     """Cuts and joins batches to `batch_size` images each; the last one is shorter.
 
     Raises:
-      UserError: some batches have labels and others do not.
+      UserError: some batches have labels and others do not, or images are of different shapes.
     """
     waiting: collections.deque[ImageBatch] = collections.deque()
 
@@ -62,6 +62,11 @@ def rebatch(batches: Iterable[ImageBatch], batch_size: int) -> Iterator[ImageBat
             parts.append((images, labels))
             count -= len(images)
         images, labels = zip(*parts, strict=True)
+        for part in images:
+            if part.shape[1:] != images[0].shape[1:]:
+                raise UserError(
+                    f"images of {part.shape[1:]}, expected {images[0].shape[1:]} (height, width, channels)"
+                )
         if len({known is None for known in labels}) > 1:
             raise UserError("some images have labels and others do not")
         return np.concatenate(images), None if labels[0] is None else np.concatenate(labels)
