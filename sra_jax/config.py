@@ -43,6 +43,7 @@ def default() -> ConfigDict:
         {
             "name": "run",  # names the default workdir, runs/<name>
             "seed": 0,  # of parameters, data order, noise; a run is a function of its config
+            "init_from": "",  # workdir of another run, from whose EMA a new run starts; empty: from random weights
             "steps": 0,  # length of the run; or give one of the next two
             "epochs": 0.0,  # passes over the training set, rounded up to whole steps
             "examples": 0,  # training examples seen, rounded up to whole steps

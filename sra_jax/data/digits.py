@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 from sklearn.datasets import load_digits
 
 from sra_jax.data.dataset import Dataset, Decoder, Example
@@ -56,3 +57,10 @@ def decoder(data: Any) -> Decoder:
     """Latents in [-1, 1] to grey images."""
     del data
     return decode
+
+
+def example_from_image(data: Any, picture: Image.Image) -> Example:
+    """Any square picture as 8x8 grey levels 0..16, light strokes on dark as in the scans."""
+    del data
+    grey = np.asarray(picture.convert("L").resize((8, 8), Image.Resampling.BOX), np.float32)
+    return {"image": np.round(grey * (LEVELS / 255)).astype(np.uint8)[..., None], "label": np.int32(0)}

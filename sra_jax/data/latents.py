@@ -11,12 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from array_record.python import array_record_module
+from PIL import Image
 
 from sra_jax.data import shards
-from sra_jax.data.dataset import Dataset, Decoder
+from sra_jax.data.dataset import Dataset, Decoder, Example
+from sra_jax.data.images import centre_crop, to_array
 from sra_jax.errors import UserError
 from sra_jax.interop import autoencoder as vae_interop
-from sra_jax.models.autoencoder import AutoencoderConfig
+from sra_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 
 # what ArrayRecord advises for random access: no data beyond the record is read, no threads are started
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
@@ -165,6 +167,19 @@ def decoder(data: Any) -> Decoder:
     Raises:
       UserError: the autoencoder cannot be found, or its scaling or latents differ from those in the manifest.
     """
+    return _vae(data).decode_uint8
+
+
+def example_from_image(data: Any, picture: Image.Image) -> Example:
+    """The posterior of any picture, cropped as ADM does and encoded by the set's autoencoder; its label is 0."""
+    vae = _vae(data)
+    pixels = to_array(centre_crop(picture.convert("RGB"), data.image_size * vae.config.downsampling), 3)
+    mean, std = vae.encode(jnp.asarray(pixels[None], jnp.float32) / 127.5 - 1)
+    return {"mean": np.asarray(mean[0]), "std": np.asarray(std[0]), "label": np.int32(0)}
+
+
+def _vae(data: Any) -> Autoencoder:
+    """The autoencoder of the set; see `decoder`."""
     manifest = _manifest(data) if data.path else None
     if not data.vae and manifest is None:
         raise UserError("neither data.vae nor data.path is given: one of them must say which VAE decodes the latents")
@@ -176,7 +191,7 @@ def decoder(data: Any) -> Decoder:
         raise UserError(
             f"data.channels={data.channels}, but the VAE {vae.name} decodes latents with {vae.config.latent_channels}"
         )
-    return vae.decode_uint8
+    return vae
 
 
 def _check_same(field: str, ours: AutoencoderConfig, prepared: AutoencoderConfig, name: str, path: str) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
-from sra_jax.data.dataset import Dataset, Decoder
+from sra_jax.data.dataset import Dataset, Decoder, Example
 from sra_jax.data.image_sources import ImageSource, open_images
 from sra_jax.data.images import UnreadableImageError, centre_crop, read_image, to_array
 from sra_jax.errors import UserError
@@ -85,3 +86,9 @@ def decoder(data: Any) -> Decoder:
     """Latents in [-1, 1] to images uint8 of the same shape."""
     del data
     return to_uint8
+
+
+def example_from_image(data: Any, picture: Image.Image) -> Example:
+    """Any picture, cropped and scaled as the set's own; its label is 0."""
+    image = to_array(centre_crop(picture.convert("RGB"), data.image_size), data.channels)
+    return {"image": image, "label": np.int32(0)}

@@ -3,9 +3,10 @@
 from types import ModuleType
 
 from ml_collections import ConfigDict
+from PIL import Image
 
 from sra_jax.data import digits, latents, pixels, synthetic
-from sra_jax.data.dataset import Dataset, Decoder
+from sra_jax.data.dataset import Dataset, Decoder, Example
 from sra_jax.errors import UserError
 
 SOURCES: dict[str, ModuleType] = {
@@ -14,7 +15,8 @@ SOURCES: dict[str, ModuleType] = {
     "pixels": pixels,
     "synthetic": synthetic,
 }
-"""Each module has `load(data) -> Dataset` and `decoder(data) -> Decoder`, given the config's `data` section."""
+"""Each module has `load(data) -> Dataset` and `decoder(data) -> Decoder`, given the config's `data` section, and, where
+pictures can become examples, `example_from_image(data, picture) -> Example`."""
 
 
 def _module(data: ConfigDict) -> ModuleType:
@@ -43,3 +45,15 @@ def load(data: ConfigDict) -> Dataset:
 def decoder(data: ConfigDict) -> Decoder:
     """What turns the model's latents of this set into images; needs no training examples."""
     return _module(data).decoder(data)
+
+
+def example_from_image(data: ConfigDict, picture: Image.Image) -> Example:
+    """An example of the set that `data` names, made from any square RGB picture; its label is 0.
+
+    Raises:
+      UserError: the set does not consist of pictures.
+    """
+    module = _module(data)
+    if not hasattr(module, "example_from_image"):
+        raise UserError(f"data.name={data.name!r} has no way from a picture file to an example; use --example")
+    return module.example_from_image(data, picture)

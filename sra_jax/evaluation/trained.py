@@ -41,6 +41,7 @@ class TrainedModel:
         self, workdir: Path, step: int | None = None, weights: str = "ema", sampling: Mapping[str, Any] | None = None
     ):
         workdir = Path(workdir)
+        self._workdir, self._weights = workdir, weights
         self.config = config_lib.read(workdir / CONFIG)
         with self.config.unlocked():
             with self.config.sampling.ignore_type():  # DDPM's steps are a number or a list of sections
@@ -62,6 +63,15 @@ class TrainedModel:
         shapes = jax.eval_shape(self.networks.init, jax.random.key(0))
         layout = sharding.state_shardings(shapes, self.mesh)
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, layout)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells this checkpoint and tree apart from any other, as JSON data."""
+        folder = self._workdir.absolute() / "checkpoints" / str(self.step)
+        metadata = folder / "_CHECKPOINT_METADATA"  # orbax writes the moment of the save into it
+        return {
+            "path": str(folder), "weights": self._weights,
+            "saved": metadata.read_text() if metadata.exists() else "", "model": self.config.model.to_dict(),
+        }  # fmt: skip
 
     def generator(self, batch_size: int, seed: int) -> Generator:
         """Images from this model with its config's sampler and guidance."""

@@ -4,12 +4,12 @@ Arrays only: nothing here needs PyTorch. Linear weights are (out, in) there and 
 there and stacked along a leading depth axis here.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from sra_jax.models.transformer import position_table
+from sra_jax.models.transformer import TIME_FREQUENCIES, TransformerConfig, position_table
 
 POSITION_TABLE = "pos_embed"
 
@@ -61,7 +61,8 @@ def _to_theirs(path: str, name: str, array: np.ndarray, channels: int) -> np.nda
     return array.T
 
 
-def _insert(tree: Tree, path: str, value: np.ndarray) -> None:
+def insert(tree: Tree, path: str, value: Any) -> None:
+    """Put a leaf at "a/b/c", making what lies above it."""
     *parents, last = path.split("/")
     for parent in parents:
         tree = tree.setdefault(parent, {})
@@ -79,6 +80,39 @@ def depth_of(tensors: Mapping[str, Any]) -> int:
     return 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
 
 
+def leaves(depth: int, head: bool) -> Iterator[tuple[str, list[str]]]:
+    """Every leaf of a parameter tree: its path, and the tensors that it is made of, one a block where it is stacked."""
+    kinds = (("weight", "kernel"), ("bias", "bias"))
+    for theirs, path in LINEARS.items():
+        if head or not path.startswith("head/"):
+            for name, ours in kinds:
+                yield f"{path}/{ours}", [f"{theirs}.{name}"]
+    yield LABEL_TABLE[1], [LABEL_TABLE[0]]
+    for theirs, path in BLOCK_LINEARS.items():
+        for name, ours in kinds:
+            yield f"model/blocks/{path}/{ours}", [f"blocks.{i}.{theirs}.{name}" for i in range(depth)]
+
+
+def leaf_from_pytorch(path: str, tensors: Sequence[np.ndarray], heads: int) -> np.ndarray:
+    """The leaf at `path`, in our layout, of the tensors that `leaves` names for it."""
+    parent, _, ours = path.rpartition("/")
+    if ours == "embedding":
+        return tensors[0]
+    name = "weight" if ours == "kernel" else "bias"
+    if not parent.startswith("model/blocks/"):
+        return _to_ours(parent, name, tensors[0], heads)
+    first = _to_ours(parent, name, tensors[0], heads)
+    stacked = np.empty((len(tensors), *first.shape), first.dtype)
+    for i, tensor in enumerate(tensors):
+        stacked[i] = _to_ours(parent, name, tensor, heads)
+    return stacked
+
+
+def has_head(names: Iterable[str]) -> bool:
+    """Whether a state dict of these names has the projection head of SRA."""
+    return any(name.startswith("ap_head.") for name in names)
+
+
 def params_from_pytorch(tensors: Mapping[str, np.ndarray], heads: int) -> Tree:
     """A state dict -> {"model": ..., "head": ...} (no head where there is no `ap_head`), NumPy arrays.
 
@@ -90,20 +124,40 @@ def params_from_pytorch(tensors: Mapping[str, np.ndarray], heads: int) -> Tree:
       KeyError: a tensor is missing.
     """
     tree: Tree = {}
-    has_head = any(name.startswith("ap_head.") for name in tensors)
-    for theirs, path in LINEARS.items():
-        if path.startswith("head/") and not has_head:
-            continue
-        for name, ours in (("weight", "kernel"), ("bias", "bias")):
-            _insert(tree, f"{path}/{ours}", _to_ours(path, name, tensors[f"{theirs}.{name}"], heads))
-    _insert(tree, LABEL_TABLE[1], tensors[LABEL_TABLE[0]])
-    for theirs, path in BLOCK_LINEARS.items():
-        for name, ours in (("weight", "kernel"), ("bias", "bias")):
-            layers = [
-                _to_ours(path, name, tensors[f"blocks.{i}.{theirs}.{name}"], heads) for i in range(depth_of(tensors))
-            ]
-            _insert(tree, f"model/blocks/{path}/{ours}", np.stack(layers))
+    for path, names in leaves(depth_of(tensors), has_head(tensors)):
+        insert(tree, path, leaf_from_pytorch(path, [tensors[name] for name in names], heads))
     return tree
+
+
+def expected_shapes(network: TransformerConfig, head: bool) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a state dict of this network, in the order of PyTorch's parameters."""
+    width, hidden = network.width, int(network.width * network.mlp_ratio)
+    outputs = network.patch**2 * network.output_channels
+    linears = {
+        "t_embedder.mlp.0": (width, TIME_FREQUENCIES), "t_embedder.mlp.2": (width, width),
+        "attn.qkv": (3 * width, width), "attn.proj": (width, width), "mlp.fc1": (hidden, width),
+        "mlp.fc2": (width, hidden), "adaLN_modulation.1": (6 * width, width),
+        "ap_head.linear1": (2 * width, width), "ap_head.linear2": (width, 2 * width),
+        "final_layer.linear": (outputs, width), "final_layer.adaLN_modulation.1": (2 * width, width),
+    }  # fmt: skip
+    shapes: dict[str, tuple[int, ...]] = {POSITION_TABLE: (1, network.tokens, width)}
+
+    def add(name: str, kernel: tuple[int, ...]) -> None:
+        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = kernel, (kernel[0],)
+
+    add("x_embedder.proj", (width, network.channels, network.patch, network.patch))
+    for name in ("t_embedder.mlp.0", "t_embedder.mlp.2"):
+        add(name, linears[name])
+    shapes[LABEL_TABLE[0]] = (network.num_classes + 1, width)
+    for i in range(network.depth):
+        for name in BLOCK_LINEARS:
+            add(f"blocks.{i}.{name}", linears[name])
+    if head:
+        for name in ("ap_head.linear1", "ap_head.linear2"):
+            add(name, linears[name])
+    for name in ("final_layer.linear", "final_layer.adaLN_modulation.1"):
+        add(name, linears[name])
+    return shapes
 
 
 def pytorch_from_params(params: Mapping[str, Any], channels: int, input_size: int) -> dict[str, np.ndarray]:
@@ -117,16 +171,15 @@ def pytorch_from_params(params: Mapping[str, Any], channels: int, input_size: in
     to_numpy: Callable[[Any], np.ndarray] = np.asarray
     kernel = to_numpy(_walk(params, "model/patch_embedding/kernel"))
     patch = round((kernel.shape[0] // channels) ** 0.5)
+    depth = len(_walk(params, "model/blocks/modulation/bias"))
     tensors = {POSITION_TABLE: position_table(kernel.shape[1], input_size // patch)[None]}
-    for theirs, path in LINEARS.items():
-        if path.startswith("head/") and "head" not in params:
+    for path, names in leaves(depth, "head" in params):
+        array = to_numpy(_walk(params, path))
+        parent, _, ours = path.rpartition("/")
+        if ours == "embedding":
+            tensors[names[0]] = array
             continue
-        for name, ours in (("weight", "kernel"), ("bias", "bias")):
-            array = to_numpy(_walk(params, f"{path}/{ours}"))
-            tensors[f"{theirs}.{name}"] = _to_theirs(path, name, array, channels)
-    tensors[LABEL_TABLE[0]] = to_numpy(_walk(params, LABEL_TABLE[1]))
-    for theirs, path in BLOCK_LINEARS.items():
-        for name, ours in (("weight", "kernel"), ("bias", "bias")):
-            for i, layer in enumerate(to_numpy(_walk(params, f"model/blocks/{path}/{ours}"))):
-                tensors[f"blocks.{i}.{theirs}.{name}"] = _to_theirs(path, name, layer, channels)
+        layers = array if parent.startswith("model/blocks/") else array[None]
+        for name, layer in zip(names, layers, strict=True):
+            tensors[name] = _to_theirs(parent, name.rpartition(".")[2], layer, channels)
     return tensors

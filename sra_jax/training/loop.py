@@ -27,6 +27,7 @@ from sra_jax.training import processes, sharding
 from sra_jax.training.checkpoints import Checkpoints
 from sra_jax.training.state import Networks, TrainState, ema_decay, init_state, learning_rate, make_optimizer
 from sra_jax.training.step import Metrics, make_train_step
+from sra_jax.training.warm_start import start_from
 
 CONFIG = "config.json"
 PREVIEW_SEED = 0
@@ -183,7 +184,11 @@ def begin(
             say(f"no checkpoint in {workdir} yet: starting at step 0")
         if jax.process_index() == 0:
             metrics_lib.keep_until(workdir, 0)
-        return program.init(jax.random.key(config.seed))
+        state = program.init(jax.random.key(config.seed))
+        if config.init_from:
+            state, message = start_from(config, state)
+            say(message)
+        return state
     state, meta, damaged = found
     for message in damaged:
         say(f"{message}; it now lies in {workdir / 'damaged_checkpoints'}, and the one before it is used")

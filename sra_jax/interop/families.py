@@ -1,0 +1,233 @@
+"""What a file of PyTorch tensors is: which family of model, of which size, and whether it is whole.
+
+Families with the same backbone and tensor names:
+
+    sit           SiT as SRA and REPA train it: t = 0 is data, the prediction is the velocity, C output channels
+    dit           DiT, with or without SRA: DDPM, 2C output channels (noise and variance)
+    sit_original  SiT as its authors train it: t = 1 is data, the velocity points the other way, 2C output channels of
+                  which the last C are not used
+"""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from sra_jax.errors import UserError
+from sra_jax.interop.pytorch import LABEL_TABLE, POSITION_TABLE, expected_shapes, has_head
+from sra_jax.interop.tensor_files import Shapes, TensorFile
+from sra_jax.models.transformer import TIME_FREQUENCIES, TransformerConfig, position_table
+
+FAMILIES = ("sit", "dit", "sit_original")
+DROPPED = ("projectors.",)
+"""Parts that other methods train beside the network; sampling does not need them."""
+
+POSITION_TOLERANCE = 1e-2
+"""The table is a constant; averaging it with itself in float32 for 10^5 steps moves an EMA's copy by up to 1e-3."""
+
+NAMED = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """What the weights of a file are.
+
+    Attributes:
+      family: one of `FAMILIES`.
+      reason: how the family was found.
+      network: the network's shape as it is in the file.
+      head: whether the projection head of SRA is there.
+      dropped: names of tensors that are left out.
+    """
+
+    family: str
+    reason: str
+    network: TransformerConfig
+    head: bool
+    dropped: tuple[str, ...]
+
+
+def describe(file: TensorFile, family: str, heads: int | None, sizes: Mapping[str, Mapping[str, int]]) -> Contents:
+    """Read off the shapes what a file holds, and check that every tensor is there.
+
+    Args:
+      file: an opened checkpoint.
+      family: one of `FAMILIES`, or "auto".
+      heads: attention heads, which no tensor tells; None looks depth and width up in `sizes`.
+      sizes: name -> depth, width and heads of the known sizes.
+
+    Raises:
+      UserError: a missing, extra or misshapen tensor, by name; a family that does not fit or cannot be told; a size
+        whose number of heads is not known.
+    """
+    dropped = tuple(name for name in file.shapes if name.startswith(DROPPED))
+    shapes = {name: shape for name, shape in file.shapes.items() if name not in dropped}
+    network = _network(file, shapes)
+    family, reason = _family(file, shapes, network, family)
+    head = has_head(shapes)
+    _compare(file, shapes, expected_shapes(network, head))
+    depth, width = network.depth, network.width
+    if heads is None:
+        known = [size["heads"] for size in sizes.values() if (size["depth"], size["width"]) == (depth, width)]
+        if not known:
+            raise UserError(
+                f"{file.path} has {depth} blocks of width {width}, which is none of {', '.join(sizes)}; the number of "
+                "attention heads cannot be read from tensors: give --heads"
+            )
+        heads = known[0]
+    if heads < 1 or width % heads:
+        raise UserError(f"--heads={heads} does not divide the width {width} of {file.path}")
+    return Contents(family, reason, dataclasses.replace(network, heads=heads), head, dropped)
+
+
+def _network(file: TensorFile, shapes: Shapes) -> TransformerConfig:
+    """The shape that the tensors speak of, with one head."""
+
+    def shape(name: str, axes: int) -> tuple[int, ...]:
+        if name not in shapes:
+            close = difflib.get_close_matches(name, shapes, n=1)
+            there = f"; there is {close[0]}" if close else f"; it holds {', '.join(list(shapes)[:NAMED])}"
+            raise UserError(f"{file.path} has no tensor {name}, so it is not a DiT or SiT{there}")
+        if len(shapes[name]) != axes:
+            raise UserError(f"{file.path}: tensor {name} has shape {shapes[name]} instead of {axes} axes")
+        return shapes[name]
+
+    width, channels, patch, _ = shape("x_embedder.proj.weight", 4)
+    tokens = shape(POSITION_TABLE, 3)[1]
+    grid = math.isqrt(tokens)
+    if grid**2 != tokens:
+        raise UserError(f"{file.path}: tensor {POSITION_TABLE} has {tokens} tokens, not a square number")
+    numbers = [name.split(".")[1] for name in shapes if name.startswith("blocks.")]
+    outputs = shape("final_layer.linear.weight", 2)[0]
+    return TransformerConfig(
+        input_size=grid * patch, channels=channels, output_channels=outputs // patch**2,
+        num_classes=shape(LABEL_TABLE[0], 2)[0] - 1, patch=patch,
+        depth=1 + max((int(number) for number in numbers if number.isdigit()), default=0), width=width, heads=1,
+        mlp_ratio=shape("blocks.0.mlp.fc1.weight", 2)[0] / width,
+    )  # fmt: skip
+
+
+def _family(file: TensorFile, shapes: Shapes, network: TransformerConfig, asked: str) -> tuple[str, str]:
+    channels, outputs = network.channels, network.output_channels
+    if outputs not in (channels, 2 * channels):
+        raise UserError(
+            f"{file.path}: tensor final_layer.linear.weight makes {outputs} output channels for {channels} latent "
+            f"channels; SiT has {channels}, DiT and the original SiT have {2 * channels}"
+        )
+    if asked != "auto":
+        fitting = {"sit": (channels,), "dit": (2 * channels,), "sit_original": (channels, 2 * channels)}[asked]
+        if outputs not in fitting:
+            others = "sit" if outputs == channels else "dit or sit_original"
+            raise UserError(
+                f"--family={asked} does not fit {file.path}: its final_layer.linear.weight makes {outputs} channels of "
+                f"{channels}, as in {others}"
+            )
+        return asked, "as asked"
+    if outputs == channels:
+        return "sit", f"{outputs} output channels"
+    if has_head(shapes):
+        return "dit", f"{outputs} output channels and SRA's head"
+    told = {"its arguments": str(file.arguments.get("model", "")), "its name": file.path.name}
+    for source, name in told.items():
+        for word, family in (("dit", "dit"), ("sit", "sit_original")):
+            if name.lower().startswith(word):
+                return family, f"{outputs} output channels and {source} ({name})"
+    raise UserError(
+        f"{file.path} has {outputs} output channels for {channels} latent channels and no SRA head: DiT and the "
+        "original SiT have the very same tensors. Say which it is: --family=dit or --family=sit_original"
+    )
+
+
+def _compare(file: TensorFile, found: Shapes, expected: Shapes) -> None:
+    """Raises `UserError` naming the tensors that are missing, extra or misshapen."""
+    problems = {
+        "missing": [name for name in expected if name not in found],
+        "unknown": [name for name in found if name not in expected],
+        "of the wrong shape": [
+            f"{name} {found[name]} instead of {shape}"
+            for name, shape in expected.items()
+            if found.get(name, shape) != shape
+        ],
+    }
+    lines = [
+        f"{kind}: {', '.join(names[:NAMED])}" + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+        for kind, names in problems.items()
+        if names
+    ]
+    if lines:
+        raise UserError(f"{file.path} is not a whole DiT or SiT. Tensors\n  " + "\n  ".join(lines))
+
+
+def check_positions(file: TensorFile, network: TransformerConfig) -> None:
+    """Raises `UserError` where the position table is not the sin-cos table, the only one that the model knows."""
+    expected = position_table(network.width, network.input_size // network.patch)[None]
+    for group in file.groups:
+        if group in ("params", "ema"):
+            (found,) = file.read(group, [POSITION_TABLE])
+            if not np.abs(found - expected).max() <= POSITION_TOLERANCE:
+                raise UserError(
+                    f"{file.path}: tensor {POSITION_TABLE} of {group} is not the fixed 2-D sin-cos table of DiT and "
+                    "SiT; models with other positions are not supported"
+                )
+
+
+def from_original_sit(name: str, tensor: np.ndarray, network: TransformerConfig) -> np.ndarray:
+    """A tensor of the original SiT, changed so that the network takes our time and predicts our velocity.
+
+    The original network g runs from noise at t = 0 to data at t = 1 and predicts data - noise; ours is
+    f(x, t) = -g(x, 1 - t). Both changes are linear in weights, so that they are exact but for one rounding: the sign
+    goes into the final layer, whose unused channels are dropped, and with frequencies w
+
+        cos(w (1 - t)) = cos w cos wt + sin w sin wt
+        sin(w (1 - t)) = sin w cos wt - cos w sin wt
+
+    goes into the first layer of the time network, computed in float64.
+
+    Args:
+      name: the tensor's.
+      tensor: float32, as in the file.
+      network: the shape as in the file, with 2C (or C) output channels.
+    """
+    if name == "t_embedder.mlp.0.weight":
+        half = TIME_FREQUENCIES // 2
+        frequencies = np.exp(-np.log(10000.0) * np.arange(half) / half)
+        of_cos, of_sin = np.split(tensor.astype(np.float64), 2, axis=1)
+        cos, sin = np.cos(frequencies), np.sin(frequencies)
+        return np.concatenate([of_cos * cos + of_sin * sin, of_cos * sin - of_sin * cos], axis=1).astype(np.float32)
+    if name.startswith("final_layer.linear."):
+        by_channel = tensor.reshape(network.patch**2, network.output_channels, *tensor.shape[1:])
+        return -by_channel[:, : network.channels].reshape(-1, *tensor.shape[1:])
+    return tensor
+
+
+def arguments_to_config(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Config values, by dotted key, of the command line that the SRA authors' code saves with its checkpoints.
+
+    Arguments that are absent or of another kind are left to the recipe.
+    """
+    values: dict[str, Any] = {}
+
+    def take(argument: str, key: str, kind: type) -> None:
+        value = arguments.get(argument)
+        if isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool):
+            values[key] = kind(value)
+
+    take("block_out_s", "alignment.student_block", int)
+    take("block_out_t", "alignment.teacher_block", int)
+    take("learning_rate", "optimizer.learning_rate", float)
+    take("adam_beta1", "optimizer.b1", float)
+    take("adam_beta2", "optimizer.b2", float)
+    take("adam_epsilon", "optimizer.eps", float)
+    take("adam_weight_decay", "optimizer.weight_decay", float)
+    take("max_grad_norm", "optimizer.clip_norm", float)
+    take("path_type", "process.path", str)
+    take("t_max", "alignment.interval", float)
+    if "alignment.interval" in values:
+        values["alignment.interval"] = (0.0, values["alignment.interval"])
+    if arguments.get("loss_type") == "cos":  # over tokens, not features, in their code; of constant weight
+        values |= {"alignment.distance": "cosine_tokens", "alignment.weight": 0.5,
+                   "alignment.weight_schedule": "constant"}  # fmt: skip
+    return values

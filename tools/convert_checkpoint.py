@@ -1,0 +1,136 @@
+"""Bring PyTorch checkpoints in, and weights out.
+
+    python tools/convert_checkpoint.py --checkpoint=step-400000.pt --workdir=runs/sra      (SRA's own, SiT or DiT)
+    python tools/convert_checkpoint.py --checkpoint=DiT-XL-2-256x256.pt --workdir=runs/dit
+    python tools/convert_checkpoint.py --checkpoint=SiT-XL-2-256x256.pt --workdir=runs/sit --family=sit_original
+    python tools/convert_checkpoint.py --workdir=runs/sra --export=ema --output=sra.pt     (or .safetensors)
+
+In: the workdir then holds a run of one checkpoint. tools/sample.py and the other tools use it; main.py goes on with it
+where the file holds a trained SRA (AdamW's state is taken over where it is there), or starts a new run from its EMA:
+python main.py --config=configs/sit_xl2.py --config.init_from=runs/sit --workdir=runs/finetuned.
+
+Size, patch, classes and resolution are read from the tensors. --config gives the run another recipe than the paper's
+for this size (configs/NAME.py, with --config.* overrides). Families, which --family=auto tells apart where it can:
+
+    sit           SRA's and REPA's SiT (REPA's projectors are dropped)
+    dit           DiT and SRA's DiT
+    sit_original  the original SiT, which counts time from noise to data and predicts the opposite velocity; its weights
+                  are changed so that this project's samplers make the same images
+
+Out: tensors carry the authors' names, with pos_embed and, where it was trained, ap_head, as load_state_dict takes them
+with strict=True. A .pt is {"ema": ..., "steps": ...} for --export=ema, {"model": ...} for params, all for both.
+
+PyTorch is needed for .pt only. Pickles are read without running any code in them.
+
+Exit codes: 0 done, 2 bad input.
+"""
+
+import importlib
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from configs import common
+from sra_jax import cli
+from sra_jax import config as config_lib
+from sra_jax.errors import UserError
+from sra_jax.evaluation.trained import check_new_file
+from sra_jax.interop import conversion, families
+from sra_jax.interop.tensor_files import TensorFile, open_tensor_file
+
+FLAGS = flags.FLAGS
+RECIPES = pathlib.Path(common.__file__).parent
+
+flags.DEFINE_string("checkpoint", None, "File to bring in: .pt or .safetensors.")
+flags.DEFINE_string("workdir", None, "The run's folder: written with --checkpoint, read with --export.", required=True)
+flags.DEFINE_enum("family", "auto", ["auto", *families.FAMILIES], "What the file holds.")
+flags.DEFINE_integer("heads", None, "Attention heads, for widths and depths other than S, B, L, XL.", lower_bound=1)
+flags.DEFINE_bool("fresh_optimizer", False, "Leave the file's optimizer state out.")
+flags.DEFINE_enum("export", None, ["ema", "params", "both"], "Write these weights of the workdir to --output.")
+flags.DEFINE_string("output", None, "File that --export writes: .pt or .safetensors.")
+flags.DEFINE_integer("step", None, "Checkpoint that --export reads; by default the newest.")
+flags.DEFINE_bool("overwrite", False, "Replace --output where it exists.")
+CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe of the run; by default the paper's for the size.")
+
+
+def main() -> None:
+    """In or out."""
+    jax.config.update("jax_platforms", "cpu")  # moving arrays needs no accelerator
+    if bool(FLAGS.checkpoint) == bool(FLAGS.export):
+        raise UserError("give either --checkpoint=FILE, to bring it in, or --export=ema, to write --output")
+    if FLAGS.export:
+        export()
+    else:
+        bring_in()
+
+
+def export() -> None:
+    """Workdir to file."""
+    if not FLAGS.output:
+        raise UserError("--export needs --output=FILE.pt or --output=FILE.safetensors")
+    output = pathlib.Path(FLAGS.output)
+    check_new_file(output, FLAGS.overwrite)
+    step, head = conversion.export_checkpoint(pathlib.Path(FLAGS.workdir), FLAGS.step, FLAGS.export, output)
+    without = "" if head else "; no ap_head: this run trained none, so it fits DiT's and SiT's own classes, not SRA's"
+    print(f"{output}: {FLAGS.export} of step {step}{without}")
+
+
+def bring_in() -> None:
+    """File to workdir."""
+    file = open_tensor_file(pathlib.Path(FLAGS.checkpoint))
+    given = config_lib.from_flag(CONFIG.value) if CONFIG.value is not None else None
+    heads = FLAGS.heads or (given.model.heads if given is not None else None)
+    contents = families.describe(file, FLAGS.family, heads, common.SIZES)
+    families.check_positions(file, contents.network)
+    config = recipe(contents, file) if given is None else given
+    workdir = pathlib.Path(FLAGS.workdir)
+    optimizer = conversion.import_checkpoint(file, contents, config, workdir, FLAGS.fresh_optimizer)
+    network = contents.network
+    print(
+        f"{file.path}: {contents.family} ({contents.reason}), {network.depth} blocks, width {network.width}, "
+        f"{network.heads} heads, patch {network.patch}, latents {network.input_size}x{network.input_size}x"
+        f"{network.channels}, {network.num_classes} classes, {'with' if contents.head else 'without'} SRA's head"
+    )
+    if contents.dropped:
+        print(f"left out: {len(contents.dropped)} tensors of training only, such as {contents.dropped[0]}")
+    for name, other in (("params", "ema"), ("ema", "params")):
+        if name not in file.groups:
+            print(f"{name}: not in the file, a copy of its {other}")
+    print(f"optimizer state: {optimizer}")
+    print(f"{workdir}: recipe {config.name}, checkpoint of step {file.step}")
+
+
+def recipe(contents: families.Contents, file: TensorFile) -> ConfigDict:
+    """The paper's recipe for the size, or the nearest one with the size put in; what the file says of its training."""
+    network = contents.network
+    family = "dit" if contents.family == "dit" else "sit"
+    depth, width = network.depth, network.width
+    sizes = {(size["depth"], size["width"]): name.lower() for name, size in common.SIZES.items()}
+    name = f"{family}_{sizes.get((depth, width), f'{depth}x{width}_p')}{network.patch}"
+    if network.input_size == 64:
+        name += "_512"
+    known = (RECIPES / f"{name}.py").exists()
+    config = importlib.import_module(f"configs.{name if known else f'{family}_b2'}").get_config()
+    with config.unlocked():
+        config.name = name
+        config.data.update(image_size=network.input_size, channels=network.channels, num_classes=network.num_classes)
+        config.model.update(
+            patch=network.patch, depth=depth, width=width, heads=network.heads, mlp_ratio=network.mlp_ratio
+        )
+        if not known:  # the paper's blocks are at about a quarter and two thirds of the depth
+            config.alignment.update(student_block=max(1, depth // 4), teacher_block=max(1, depth * 2 // 3))
+        config.alignment.enabled = contents.head
+        leaves = dict(config_lib.flatten(config))
+        config.update_from_flattened_dict(
+            {key: value for key, value in families.arguments_to_config(file.arguments).items() if key in leaves}
+        )
+    return config.lock()
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,152 @@
+"""How well a linear classifier reads the class off a model's tokens: by block and by noise level.
+
+    python tools/linear_probe.py --workdir=runs/digits --output=probe
+    python tools/linear_probe.py --workdir=runs/sra_0,runs/sra_1,runs/base_0,runs/base_1 \\
+        --names=SRA,SRA,baseline,baseline --levels=0,0.25,0.5 --output=probe
+    python tools/linear_probe.py --workdir=W --path=LATENTS --test_path=MORE_LATENTS --blocks=4,8,12 --output=probe
+
+The protocol of SRA's section C: the frozen EMA, tokens after each block averaged, normalised per channel without affine
+part, one linear layer, 80 epochs of batches of 4,096, Adam with a learning rate from 1e-3 to 0 along a cosine. The
+network sees the null label (--condition=true shows it the class, which makes it a test of something else). Each example
+has one noise, the same at every level. All blocks and levels come from one pass over the data, kept in --cache; all
+probes are trained at once. --test_path names data that was held out; without it a fifth of the run's own examples,
+always the same, is left out of the probe's training (the diffusion model has seen it).
+
+--output is a folder: probe.json, probe.csv and probe.png with two panels, accuracy by block at the noise level of the
+highest mean accuracy and accuracy by noise level at each name's best block there. Runs of one name become a line, their
+mean, with a band from the lowest to the highest.
+
+Exit codes: 0 done, 2 bad input.
+"""
+
+import csv
+import io
+import json
+import os
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+import numpy as np
+from absl import flags
+
+from sra_jax import cli
+from sra_jax.data import registry as datasets
+from sra_jax.data.dataset import Dataset
+from sra_jax.errors import UserError
+from sra_jax.evaluation import plots
+from sra_jax.evaluation.probe import Schedule, probe
+from sra_jax.evaluation.tokens import FeatureSet, Settings, extract_to_disk, parse_blocks, parse_levels
+from sra_jax.evaluation.trained import TrainedModel, check_new_file
+
+FLAGS = flags.FLAGS
+TEST_SHARE = 0.2
+SPLIT_SEED = 0
+FILES = ("probe.json", "probe.csv", "probe.png")
+
+flags.DEFINE_list("workdir", None, "Folders of runs.", required=True)
+flags.DEFINE_list("names", None, "What the figure calls them; runs of one name are averaged. Default: the folders'.")
+flags.DEFINE_string("output", None, "Folder to write to.", required=True)
+flags.DEFINE_integer("step", None, "Checkpoint to read; by default the newest.")
+flags.DEFINE_enum("weights", "ema", ["ema", "params"], "Which of the two parameter trees.")
+flags.DEFINE_list("blocks", ["all"], "Blocks, counted from 1, or all.")
+flags.DEFINE_list("levels", ["0", "0.2", "0.4", "0.6", "0.8"], "Noise levels from 0 (data) to 1 (noise).")
+flags.DEFINE_enum("condition", "null", ["null", "true"], "The label that the network sees.")
+flags.DEFINE_string("path", None, "data.path of the training set; default: the run's.")
+flags.DEFINE_string("test_path", None, "data.path of a held-out set; default: a fifth of the training set.")
+flags.DEFINE_integer("num_examples", 0, "Use so many examples of the training set; 0 uses all.", lower_bound=0)
+flags.DEFINE_integer("epochs", 80, "Passes of the probe over the training set.", lower_bound=1)
+flags.DEFINE_integer("batch_size", 4096, "Of the probe; at most a tenth of the training set.", lower_bound=1)
+flags.DEFINE_float("learning_rate", 1e-3, "Of the probe at its first step.", lower_bound=0)
+flags.DEFINE_integer("extraction_batch_size", 256, "Examples through the network at a time.", lower_bound=1)
+flags.DEFINE_integer("seed", 0, "Of the noise and of the probe's order of examples.", lower_bound=0)
+flags.DEFINE_string("cache", None, "Folder in which features are kept; default: features/ in each workdir.")
+flags.DEFINE_bool("overwrite", False, "Replace the files in --output where they exist.")
+
+
+def main() -> None:
+    """Extract, train, write."""
+    output = pathlib.Path(FLAGS.output)
+    for name in FILES:
+        check_new_file(output / name, FLAGS.overwrite)
+    names = FLAGS.names or [pathlib.Path(workdir).name for workdir in FLAGS.workdir]
+    if len(names) != len(FLAGS.workdir):
+        raise UserError(f"--names gives {len(names)} names for {len(FLAGS.workdir)} workdirs; give one a workdir")
+    models = [TrainedModel(pathlib.Path(workdir), FLAGS.step, FLAGS.weights) for workdir in FLAGS.workdir]
+    depths = {model.config.model.depth for model in models}
+    if len(depths) > 1:
+        raise UserError(f"runs of {sorted(depths)} blocks cannot share a figure; probe each depth by itself")
+    settings = Settings(
+        parse_blocks(FLAGS.blocks, min(depths)), parse_levels(FLAGS.levels), FLAGS.condition, FLAGS.seed
+    )
+    settings.check(min(depths))
+    records = []
+    for name, workdir, model in zip(names, FLAGS.workdir, models, strict=True):
+        accuracy = probe_run(model, pathlib.Path(workdir), settings)
+        records.append({"name": name, "workdir": workdir, "step": model.step, "accuracy": accuracy.tolist()})
+        level, block = np.unravel_index(accuracy.argmax(), accuracy.shape)
+        print(
+            f"{name} ({workdir}, step {model.step}): best {accuracy.max():.2%} after block {settings.blocks[block]} at "
+            f"noise level {settings.levels[level]:g}"
+        )
+    write(output, records, settings)
+
+
+def probe_run(model: TrainedModel, workdir: pathlib.Path, settings: Settings) -> np.ndarray:
+    """Accuracies (levels, blocks) of one run."""
+    if FLAGS.path:
+        with model.config.unlocked():
+            model.config.data.path = FLAGS.path
+    dataset = datasets.load(model.config.data)
+    order = np.random.default_rng(SPLIT_SEED).permutation(len(dataset.source))
+    held_out = 0 if FLAGS.test_path else round(TEST_SHARE * len(order))
+    train = np.sort(order[held_out:][: FLAGS.num_examples or None])
+    cache = pathlib.Path(FLAGS.cache) if FLAGS.cache else workdir / "features"
+
+    def features(dataset: Dataset, indices: np.ndarray, part: str) -> FeatureSet:
+        return extract_to_disk(
+            model, dataset, indices, settings, cache, FLAGS.extraction_batch_size, f"{workdir}: {part} features"
+        )
+
+    train_set = features(dataset, train, "training")
+    if FLAGS.test_path:
+        with model.config.unlocked():
+            model.config.data.path = FLAGS.test_path
+        dataset = datasets.load(model.config.data)
+        test_set = features(dataset, np.arange(len(dataset.source)), "test")
+    else:
+        test_set = features(dataset, np.sort(order[:held_out]), "test")
+    schedule = Schedule(FLAGS.epochs, FLAGS.batch_size, FLAGS.learning_rate, FLAGS.seed)
+    return probe(train_set, test_set, model.config.data.num_classes, schedule)
+
+
+def write(output: pathlib.Path, records: list[dict], settings: Settings) -> None:
+    """The three files."""
+    output.mkdir(parents=True, exist_ok=True)
+    result = {
+        "blocks": settings.blocks, "levels": settings.levels, "condition": settings.condition,
+        "weights": FLAGS.weights, "epochs": FLAGS.epochs, "seed": FLAGS.seed, "runs": records,
+    }  # fmt: skip
+    table = io.StringIO()
+    rows = csv.writer(table, lineterminator="\n")
+    rows.writerow(["name", "workdir", "step", "level", "block", "accuracy"])
+    for record in records:
+        for level, accuracies in zip(settings.levels, record["accuracy"], strict=True):
+            for block, accuracy in zip(settings.blocks, accuracies, strict=True):
+                rows.writerow([record["name"], record["workdir"], record["step"], level, block, f"{accuracy:.6f}"])
+    for name, text in (("probe.json", json.dumps(result, indent=2) + "\n"), ("probe.csv", table.getvalue())):
+        part = output / f".{name}.part"
+        part.write_text(text)
+        os.replace(part, output / name)
+    groups = {
+        name: np.array([record["accuracy"] for record in records if record["name"] == name])
+        for name in dict.fromkeys(record["name"] for record in records)
+    }
+    level = int(np.mean([runs.mean(axis=(0, 2)) for runs in groups.values()], axis=0).argmax())
+    plots.probe_figure(output / "probe.png", groups, settings.blocks, settings.levels, level)
+    print(f"{output}: {', '.join(FILES)}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

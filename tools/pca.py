@@ -1,0 +1,109 @@
+"""Pictures of what a model's tokens hold: their first three principal components as colours.
+
+    python tools/pca.py --workdir=runs/digits --output=pca.png
+    python tools/pca.py --workdir=runs/sra,runs/baseline --names=SRA,baseline --example=7 --output=pca.png
+    python tools/pca.py --workdir=W --image=cat.jpg --blocks=4,8,16,24 --levels=0.1,0.3,0.5,0.7 --output=cat.png
+
+Rows are blocks, columns noise levels (0 = data, 1 = noise), several runs side by side; the first row is what the
+network saw (for latents: their first three channels). --example is a number in the run's dataset; --image a picture
+file, cropped to a square and resized, for sets that are made of pictures.
+
+So that pictures compare, a block's components are those of its tokens at all shown levels together, each signed to go
+with the brightness of the clean input and scaled to its 1st and 99th percentile: colours mean the same along a row, not
+between rows.
+
+Exit codes: 0 done, 2 bad input.
+"""
+
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+import jax
+import numpy as np
+from absl import flags
+from PIL import Image, UnidentifiedImageError
+
+from sra_jax import cli
+from sra_jax.data import registry as datasets
+from sra_jax.data.dataset import Example
+from sra_jax.errors import UserError
+from sra_jax.evaluation import plots
+from sra_jax.evaluation.principal_components import token_colours
+from sra_jax.evaluation.tokens import Settings, make_extractor, parse_blocks, parse_levels
+from sra_jax.evaluation.trained import TrainedModel, check_new_file
+from sra_jax.training import sharding
+
+FLAGS = flags.FLAGS
+
+flags.DEFINE_list("workdir", None, "Folders of runs.", required=True)
+flags.DEFINE_list("names", None, "What the picture calls them; default: the folders'.")
+flags.DEFINE_string("output", None, "PNG file to write.", required=True)
+flags.DEFINE_integer("step", None, "Checkpoint to read; by default the newest.")
+flags.DEFINE_enum("weights", "ema", ["ema", "params"], "Which of the two parameter trees.")
+flags.DEFINE_list("blocks", ["all"], "Blocks, counted from 1, or all.")
+flags.DEFINE_list("levels", ["0", "0.2", "0.4", "0.6", "0.8"], "Noise levels from 0 (data) to 1 (noise).")
+flags.DEFINE_enum("condition", "null", ["null", "true"], "The label that the network sees.")
+flags.DEFINE_integer("example", 0, "Number of an example of the run's dataset.", lower_bound=0)
+flags.DEFINE_string("image", None, "Picture file to use instead.")
+flags.DEFINE_integer("seed", 0, "Of the noise.", lower_bound=0)
+flags.DEFINE_bool("overwrite", False, "Replace --output where it exists.")
+
+
+def main() -> None:
+    """Extract, project, draw."""
+    output = pathlib.Path(FLAGS.output)
+    check_new_file(output, FLAGS.overwrite)
+    names = FLAGS.names or [pathlib.Path(workdir).name for workdir in FLAGS.workdir]
+    if len(names) != len(FLAGS.workdir) or len(set(names)) != len(names):
+        raise UserError(f"--names={','.join(names)}: give one name of its own to each of {len(FLAGS.workdir)} workdirs")
+    if FLAGS.image and FLAGS.condition == "true":
+        raise UserError("--condition=true needs a label, which --image has not; use --example")
+    models = [TrainedModel(pathlib.Path(workdir), FLAGS.step, FLAGS.weights) for workdir in FLAGS.workdir]
+    depth = min(model.config.model.depth for model in models)
+    settings = Settings(parse_blocks(FLAGS.blocks, depth), parse_levels(FLAGS.levels), FLAGS.condition, FLAGS.seed)
+    settings.check(depth)
+    maps = {}
+    for name, model in zip(names, models, strict=True):
+        maps[name], inputs = run(model, settings)
+    plots.token_figure(output, maps, inputs, settings.blocks, settings.levels)
+    print(f"{output}: {len(settings.blocks)} blocks at {len(settings.levels)} noise levels of {', '.join(names)}")
+
+
+def run(model: TrainedModel, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
+    """Colours (L,K,G,G,3) and noisy inputs (L,H,W,1 or 3) in [0, 1] of one model."""
+    dataset = datasets.load(model.config.data)
+    if FLAGS.image:
+        example = datasets.example_from_image(model.config.data, read_image(pathlib.Path(FLAGS.image)))
+    else:
+        if FLAGS.example >= len(dataset.source):
+            raise UserError(f"--example={FLAGS.example}: examples run from 0 to {len(dataset.source) - 1}")
+        example = dataset.source[FLAGS.example]
+    copies = model.mesh.size  # each device works on one; the first is shown
+    batch: Example = {key: np.repeat(np.asarray(array)[None], copies, axis=0) for key, array in example.items()}
+    indices = np.full(copies, FLAGS.example, np.int32)
+    put = sharding.put_rows({**batch, "index": indices}, model.mesh)
+    index = put.pop("index")
+    x_t, tokens = jax.jit(make_extractor(model, dataset.encode, settings, pool=False))(model.params, put, index)
+    encode_key = jax.random.fold_in(jax.random.key(settings.seed), FLAGS.example)  # as the extractor has it
+    latents = sharding.gather(jax.jit(dataset.encode)(put, encode_key))[0]
+    shown = sharding.gather(x_t)[0][..., : 3 if latents.shape[-1] >= 3 else 1]
+    low, high = latents.min(), latents.max()
+    inputs = np.clip((shown - low) / max(high - low, 1e-12), 0, 1)
+    return token_colours(sharding.gather(tokens)[0], latents), inputs
+
+
+def read_image(path: pathlib.Path) -> Image.Image:
+    """A picture file, cropped to its central square, RGB."""
+    try:
+        picture = Image.open(path).convert("RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise UserError(f"--image={path} cannot be read as a picture ({error})") from error
+    side = min(picture.size)
+    left, top = (picture.width - side) // 2, (picture.height - side) // 2
+    return picture.crop((left, top, left + side, top + side))
+
+
+if __name__ == "__main__":
+    cli.run(main)
