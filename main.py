@@ -9,7 +9,11 @@ Every value of a recipe is a flag: --config.steps, --config.batch_size (over all
 --config.alignment.*, --config.sampling.*; sra_jax/config.py lists and explains them all. The same command on a workdir
 that holds a run goes on where it stopped.
 
-Exit codes: 0 done, 1 the run failed (a loss that is not finite), 2 bad input.
+On TPU pods, and where srun, mpirun or an indexed Kubernetes job starts one process a host, the processes find each
+other; elsewhere start each with --coordinator_address=HOST:PORT --num_processes=N --process_id=I. SIGTERM finishes the
+step, saves and exits with code 75.
+
+Exit codes: 0 done, 1 the run failed (a loss that is not finite), 2 bad input, 75 preempted: saved, start it again.
 """
 
 from pathlib import Path
@@ -19,6 +23,7 @@ from ml_collections import config_flags
 
 from sra_jax import cli
 from sra_jax import config as config_lib
+from sra_jax.training import processes
 from sra_jax.training.loop import train
 
 FLAGS = flags.FLAGS
@@ -27,12 +32,14 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; by default ru
 ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
     "allow_config_change", False, "Go on in a workdir although its saved config differs in what shapes the run."
 )
+processes.define_flags()
 
 
 def main() -> None:
     """Flags to `train`."""
     config = config_lib.from_flag(CONFIG.value)
-    train(config, Path(WORKDIR.value or Path("runs") / config.name), ALLOW_CONFIG_CHANGE.value)
+    with processes.joined():
+        train(config, Path(WORKDIR.value or Path("runs") / config.name), ALLOW_CONFIG_CHANGE.value)
 
 
 if __name__ == "__main__":

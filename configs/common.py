@@ -41,7 +41,7 @@ def smoke(config: ConfigDict) -> ConfigDict:
     config.model.update(depth=4, width=64, heads=4, remat="none")
     config.alignment.update(student_block=1, teacher_block=3)
     config.sampling.update(steps=type(config.sampling.steps)(10), preview_per_class=2)
-    config.mesh.update(data=-1, fsdp=1)
+    config.mesh.update(data=-1, fsdp=1, model=1)
     return config
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
 
-from sra_jax.errors import RunError, UserError
+from sra_jax.errors import Preempted, RunError, UserError
 
 # TensorFlow, which clu and tensorflow-datasets import, greets with warnings about what it was not built for.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -14,6 +14,7 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 EXIT_INTERRUPTED = 130
 
 
@@ -25,12 +26,12 @@ def run(main: Callable[[], int | None], argv: Sequence[str] | None = None) -> No
       argv: the command line, by default the process's own.
 
     A `UserError` from `main`, an unknown flag and an unknown config key print their message to stderr and exit with
-    code 2, a `RunError` with code 1.
+    code 2, a `RunError` with code 1, a `Preempted` with code 75.
     """
 
     def guarded(arguments: Sequence[str]) -> None:
         if not flags.FLAGS["verbosity"].present:
-            logging.set_verbosity(logging.WARNING)  # libraries narrate every file they touch
+            logging.set_verbosity(logging.ERROR)  # libraries narrate every file they touch
         try:
             if len(arguments) > 1:
                 raise UserError(
@@ -43,6 +44,9 @@ def run(main: Callable[[], int | None], argv: Sequence[str] | None = None) -> No
         except RunError as error:
             print(f"error: {error}", file=sys.stderr)
             code = EXIT_FAILED
+        except Preempted as notice:
+            print(notice, file=sys.stderr)
+            code = EXIT_PREEMPTED
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             code = EXIT_INTERRUPTED

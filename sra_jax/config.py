@@ -28,7 +28,7 @@ EMA_SCHEDULES = ("constant", "cosine")
 
 FREE_KEYS = (
     "steps", "epochs", "examples", "log_every", "sample_every", "checkpoint_every", "keep", "accumulation",
-    "data.path", "data.workers", "mesh", "model.remat", "sampling", "evaluation",
+    "data.path", "data.workers", "data.vae", "mesh", "model.remat", "sampling", "evaluation",
 )  # fmt: skip
 """Keys, or groups of keys, that a resumed run may change: they move no number beyond float32 rounding. The length of
 the run is free as long as no schedule depends on it."""
@@ -57,10 +57,11 @@ def default() -> ConfigDict:
             "keep": 3,  # newest checkpoints that are kept
             "data": {
                 "name": "synthetic",  # a name of sra_jax.data.registry.SOURCES
-                "path": "",  # folder of sets that lie on disk
+                "path": "",  # latents: the folder that tools/prepare_latents.py made; pixels: idx:DIR and the like
                 "image_size": 32,  # height and width that the model sees
                 "channels": 4,
                 "num_classes": 1000,
+                "vae": "",  # autoencoder that decodes latents: a folder or a Hugging Face id; empty: the one they name
                 "workers": 0,  # processes that read ahead; 0 reads in threads
             },
             "model": {
@@ -69,7 +70,7 @@ def default() -> ConfigDict:
                 "width": 768,
                 "heads": 12,
                 "mlp_ratio": 4.0,
-                "remat": "none",  # what the backward pass recomputes: none, dots, block
+                "remat": "none",  # what the backward pass recomputes, from least to most: none, dots, block, full
             },
             # the family: interpolant (SiT) or gaussian (DiT); the other keys are the fields of its class
             "process": {"name": "interpolant", **process_defaults("interpolant")},
@@ -110,9 +111,18 @@ def default() -> ConfigDict:
                 "preview_classes": 10,  # rows of a preview grid: the first so many classes
                 "preview_per_class": 8,  # its columns
             },
+            "evaluation": {
+                "every": 0,  # steps between evaluations of the EMA; 0 makes none
+                "num_samples": 5000,
+                "batch_size": 250,  # samples at a time over all devices
+                "reference": "dataset",  # the training set's own images, or as tools/fid.py takes it
+                "extractor": "inception",  # inception, inception_random or classifier
+                "weights": "",  # of the extractor; empty: the cache or the network
+            },
             "mesh": {
                 "data": -1,  # devices over which the batch is split, with a whole state each; -1: all that are left
                 "fsdp": 1,  # devices over which the batch and the state are split; -1: all that are left
+                "model": 1,  # devices over which attention heads and the MLP are split (tensor parallelism)
             },
         },
         convert_dict=True,
@@ -294,7 +304,8 @@ def _check_training(config: ConfigDict, device_count: int) -> None:
             f"the run's length is given by {' and '.join(given) or 'nothing'}: set exactly one of steps, epochs, "
             "examples and leave the others at 0"
         )
-    _at_least(config, 0, "steps", "epochs", "examples", "sample_every", "seed")
+    _at_least(config, 0, "steps", "epochs", "examples", "sample_every", "seed", "evaluation.every")
+    _at_least(config, 1, "evaluation.batch_size", "evaluation.num_samples")
     _at_least(config, 1, "batch_size", "accumulation", "log_every", "checkpoint_every", "keep")
     _choice("dtype", config.dtype, DTYPES)
     if not 0 <= config.label_dropout < 1:
@@ -305,12 +316,29 @@ def _check_training(config: ConfigDict, device_count: int) -> None:
             f"batch_size={config.batch_size} is not divisible by accumulation={config.accumulation}; change one of them"
         )
     shape = mesh_shape(config, device_count)
-    ways = math.prod(shape.values())
+    ways = shape["data"] * shape["fsdp"]
     if micro % ways:
         raise UserError(
             f"batch_size={config.batch_size} in accumulation={config.accumulation} parts of {micro} cannot be split "
             f"over {ways} devices; make batch_size a multiple of {ways * config.accumulation}"
         )
+    _check_split(config, shape)
+
+
+def _check_split(config: ConfigDict, shape: dict[str, int]) -> None:
+    """The network's matrices can be cut as the mesh asks; one that cannot would lie whole on every device."""
+    model = config.model
+    hidden = int(model.width * model.mlp_ratio)
+    cuts = (
+        ("fsdp", model.width, "model.width"), ("model", model.heads, "model.heads"), ("model", hidden, "the MLP width"),
+    )  # fmt: skip
+    for axis, size, what in cuts:
+        if size % shape[axis]:
+            fitting = [n for n in range(1, shape[axis]) if shape[axis] % n == 0 and size % n == 0]
+            raise UserError(
+                f"mesh.{axis}={shape[axis]} does not divide {what}={size}; use at most --config.mesh.{axis}="
+                f"{fitting[-1]} and leave the other devices to --config.mesh.data=-1"
+            )
 
 
 def mesh_shape(config: ConfigDict, device_count: int) -> dict[str, int]:

@@ -9,5 +9,9 @@ class UserError(Exception):
     """
 
 
+class Preempted(Exception):
+    """A run that was told to make room and has saved itself: start the same command again. Exit code 75."""
+
+
 class RunError(Exception):
     """A run that cannot go on, such as one whose loss is no longer finite. Printed like `UserError`; exit code 1."""

@@ -140,8 +140,10 @@ BAD = [
     ({"optimizer.learning_rate": 0.0}, "learning_rate=0.0"),
     ({"optimizer.b2": 1.0}, "b2=1.0"),
     ({"log_every": 0}, "log_every=0 must be at least 1"),
-    ({"mesh.data": 3}, "mesh.data=3, mesh.fsdp=1 does not fit 8 devices"),
+    ({"mesh.data": 3}, "mesh.data=3, mesh.fsdp=1, mesh.model=1 does not fit 8 devices"),
     ({"mesh.fsdp": -1}, "at most one may be -1"),
+    ({"model.width": 36, "model.heads": 6, "mesh.fsdp": 8}, "mesh.fsdp=8 does not divide model.width=36"),
+    ({"mesh.model": 8}, "mesh.model=8 does not divide model.heads=4; use at most --config.mesh.model=4"),
 ]
 
 

@@ -36,8 +36,8 @@ from sra_jax.data import registry as datasets
 from sra_jax.data.dataset import Dataset
 from sra_jax.errors import UserError
 from sra_jax.evaluation import plots
-from sra_jax.evaluation.features import FeatureSet, Settings, extract_to_disk, parse_blocks, parse_levels
 from sra_jax.evaluation.probe import Schedule, probe
+from sra_jax.evaluation.tokens import FeatureSet, Settings, extract_to_disk, parse_blocks, parse_levels
 from sra_jax.evaluation.trained import TrainedModel, check_new_file
 
 FLAGS = flags.FLAGS

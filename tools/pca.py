@@ -30,8 +30,8 @@ from sra_jax.data import registry as datasets
 from sra_jax.data.dataset import Example
 from sra_jax.errors import UserError
 from sra_jax.evaluation import plots
-from sra_jax.evaluation.features import Settings, make_extractor, parse_blocks, parse_levels
 from sra_jax.evaluation.principal_components import token_colours
+from sra_jax.evaluation.tokens import Settings, make_extractor, parse_blocks, parse_levels
 from sra_jax.evaluation.trained import TrainedModel, check_new_file
 from sra_jax.training import sharding
 

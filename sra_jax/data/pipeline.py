@@ -11,20 +11,24 @@ READ_THREADS = 2
 PREFETCH_BATCHES = 4
 
 
-class _Share:
-    """One process's part of every global batch: rows `rows` of batch k, in order, for k = 0, 1, ..."""
+class _Batches:
+    """One process's part of every global batch: rows `rows` of batch k, stacked, for k = 0, 1, ..."""
 
-    def __init__(self, examples: grain.MapDataset, rows: Sequence[int], batch_size: int):
-        self._examples = examples
-        self._rows = np.asarray(rows)
+    def __init__(self, source: ExampleSource, order: grain.MapDataset, rows: Sequence[int], batch_size: int):
+        self._source = source
+        self._order = order
+        self._rows = [int(row) for row in rows]
         self._batch_size = batch_size
 
     def __len__(self) -> int:
-        return len(self._examples) // self._batch_size * len(self._rows)
+        return len(self._order) // self._batch_size
 
-    def __getitem__(self, index: int):
-        batch, row = divmod(index, len(self._rows))
-        return self._examples[batch * self._batch_size + int(self._rows[row])]
+    def __getitem__(self, batch: int) -> dict[str, np.ndarray]:
+        indices = [self._order[batch * self._batch_size + row] for row in self._rows]
+        if hasattr(self._source, "read_batch"):
+            return self._source.read_batch(indices)
+        examples = [self._source[index] for index in indices]
+        return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
 
 
 def batches(
@@ -39,7 +43,7 @@ def batches(
     state of the stream is the number of the next batch.
 
     Args:
-      source: the examples.
+      source: the examples. Where it has `read_batch(indices)`, which returns them stacked, batches are read with that.
       batch_size: examples of a global batch.
       seed: of the permutations.
       rows: which rows of each global batch this process loads.
@@ -50,9 +54,10 @@ def batches(
     Returns:
       An endless iterator over dicts of arrays (len(rows), ...).
     """
-    examples = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
-    share = grain.MapDataset.source(_Share(examples, rows, batch_size)).batch(len(rows))[start:]
-    stream = share.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=PREFETCH_BATCHES))
+    order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+    stream = grain.MapDataset.source(_Batches(source, order, rows, batch_size))[start:].to_iter_dataset(
+        grain.ReadOptions(num_threads=threads, prefetch_buffer_size=PREFETCH_BATCHES)
+    )
     if workers:
         stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
     return iter(stream)

@@ -5,12 +5,14 @@ from types import ModuleType
 from ml_collections import ConfigDict
 from PIL import Image
 
-from sra_jax.data import digits, synthetic
+from sra_jax.data import digits, latents, pixels, synthetic
 from sra_jax.data.dataset import Dataset, Decoder, Example
 from sra_jax.errors import UserError
 
 SOURCES: dict[str, ModuleType] = {
     "digits": digits,
+    "latents": latents,
+    "pixels": pixels,
     "synthetic": synthetic,
 }
 """Each module has `load(data) -> Dataset` and `decoder(data) -> Decoder`, given the config's `data` section, and, where

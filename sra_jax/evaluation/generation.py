@@ -96,7 +96,24 @@ class Generator:
         self._config, self._mesh, self._decoder, self._seed = config, mesh, decoder, seed
         self.batch_size = -(-batch_size // mesh.size) * mesh.size
         split = sharding.batch_sharding(mesh)
-        self._sample = jax.jit(make_sampler(config, Networks(config)), out_shardings=split)
+        networks = Networks(config, sharding.placement(mesh, config_lib.DTYPES[config.dtype]))
+        self._sample = jax.jit(make_sampler(config, networks), out_shardings=split)
+
+    def lower(self, params: Params) -> jax.stages.Lowered:
+        """The program that `images` runs, for parameters that may be shapes with shardings."""
+        split = sharding.batch_sharding(self._mesh)
+        rows = jax.ShapeDtypeStruct((self.batch_size,), np.int32, sharding=split)
+        return self._sample.lower(params, rows, rows, np.int32(self._seed))
+
+    def describe(self) -> dict[str, Any]:
+        """How the samples are made: for results, and to tell whether two sets of samples are the same."""
+        sampling = {k: v for k, v in self._config.sampling.items() if not k.startswith("preview_")}
+        return {**sampling, "seed": self._seed}
+
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images, pixels; one latent of zeros is decoded to know it."""
+        size, channels = self._config.data.image_size, self._config.data.channels
+        return self._decoder(jnp.zeros((1, size, size, channels))).shape[1:3]
 
     def images(
         self, params: Params, count: int, labels: str | Sequence[int] = "balanced", start: int = 0

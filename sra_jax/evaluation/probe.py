@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sra_jax.evaluation.features import FeatureSet
+from sra_jax.evaluation.tokens import FeatureSet
 
 NORM_EPSILON = 1e-6
 STEPS_PER_EPOCH = 10

@@ -46,7 +46,7 @@ class TrainedModel:
         with self.config.unlocked():
             with self.config.sampling.ignore_type():  # DDPM's steps are a number or a list of sections
                 self.config.sampling.update(sampling or {})
-            self.config.mesh.update(data=-1, fsdp=1)  # the run's own mesh may have been a pod
+            self.config.mesh.update(data=-1, fsdp=1, model=1)  # the run's own mesh may have been a pod
             self.config.accumulation = 1
             self.config.batch_size = jax.device_count()
         config_lib.check(self.config, jax.device_count())

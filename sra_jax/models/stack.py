@@ -1,5 +1,7 @@
 """Running a stack of equal blocks whose parameters carry a leading depth axis, compiled once whatever the depth."""
 
+import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,17 +10,43 @@ import jax.numpy as jnp
 
 REMAT_POLICIES = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "block": jax.checkpoint_policies.nothing_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
 }
-"""What is saved for the backward pass: everything; the results of matrix products; each block's input only."""
+"""What is saved for the backward pass: everything; the results of the products with parameters (not the attention
+scores); each block's input only; the input of about sqrt(depth) segments of blocks only, which costs a third forward
+pass."""
 
 Block = Callable[[Any, jax.Array, jax.Array], jax.Array]
 
 
+def _as_it_is(x: Any) -> Any:
+    return x
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where arrays lie while a network runs; by default wherever the compiler likes.
+
+    Attributes:
+      rows: applied to activations, whose leading axis is the batch.
+      block: applied to the parameters of one block just before they are used, in the forward and again in the backward
+        pass: its result, a copy that is whole on every device, is never kept from the one to the other.
+      others: applied to the parameters outside the blocks.
+    """
+
+    rows: Callable[[jax.Array], jax.Array] = _as_it_is
+    block: Callable[[Any], Any] = _as_it_is
+    others: Callable[[Any], Any] = _as_it_is
+
+
+ANYWHERE = Placement()
+
+
 def run_stack(
     block: Block, params: Any, x: jax.Array, condition: jax.Array, *, depth: int, taps: tuple[int, ...], stop: int,
-    remat: str,
+    remat: str, placement: Placement = ANYWHERE,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """Apply blocks 1..stop to the tokens and return the tokens after some of them.
 
@@ -31,26 +59,63 @@ def run_stack(
       taps: ascending block numbers in 1..stop.
       stop: number of blocks to run; the parameters of later blocks are not read.
       remat: a key of `REMAT_POLICIES`.
+      placement: where tokens and the parameters of a block lie.
 
     Returns:
       The tokens after block `stop` and a tuple of the tokens after each tap, (B,N,D) each.
     """
-    if remat != "none":
-        block = jax.checkpoint(block, policy=REMAT_POLICIES[remat])
+
+    def placed(params: Any, x: jax.Array, condition: jax.Array) -> jax.Array:
+        return placement.rows(block(placement.block(params), x, condition))
+
+    run = _saving(placed, remat, placement)
     if stop < depth:
-        return _run_part(block, params, x, condition, taps, stop)
+        return _run_part(run, params, x, condition, taps, stop)
 
     # One scan over the whole depth: cutting it at the taps would slice, and so copy, the stacked parameters and their
     # gradients. The tokens at a tap travel in the carry instead.
     def body(carry: tuple[jax.Array, tuple[jax.Array, ...]], item: tuple[jax.Array, Any]):
         x, tapped = carry
         number, params = item
-        x = block(params, x, condition)
+        x = run(params, x, condition)
         return (x, tuple(jnp.where(number == tap, x, old) for tap, old in zip(taps, tapped, strict=True))), None
 
     carry = (x, tuple(jnp.zeros_like(x) for _ in taps))
-    (x, tapped), _ = jax.lax.scan(body, carry, (jnp.arange(1, depth + 1), params))
+    items = (jnp.arange(1, depth + 1), params)
+    if remat == "full":
+        (x, tapped), _ = _scan_in_segments(body, carry, items, depth)
+    else:
+        (x, tapped), _ = jax.lax.scan(body, carry, items)
     return x, tapped
+
+
+def segment_count(depth: int) -> int:
+    """The divisor of depth nearest to its square root: how many block inputs `remat="full"` saves."""
+    return min((d for d in range(1, depth + 1) if depth % d == 0), key=lambda d: abs(math.log(d / math.sqrt(depth))))
+
+
+def _scan_in_segments(body: Callable[..., Any], carry: Any, items: Any, depth: int) -> tuple[Any, None]:
+    """`jax.lax.scan(body, carry, items)` of which the backward pass has the carry at the segments' starts only."""
+    segments = segment_count(depth)
+    items = jax.tree.map(lambda p: p.reshape(segments, depth // segments, *p.shape[1:]), items)
+    segment = jax.checkpoint(
+        lambda carry, items: jax.lax.scan(body, carry, items), policy=REMAT_POLICIES["full"], prevent_cse=False
+    )
+    return jax.lax.scan(segment, carry, items)
+
+
+def _saving(block: Block, remat: str, placement: Placement) -> Block:
+    """`block` with what its backward pass keeps. CSE is no concern: forward and backward are separate loops."""
+    if remat != "none":
+        return jax.checkpoint(block, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    if placement.block is _as_it_is:
+        return block
+    return jax.checkpoint(block, policy=_all_but_placed, prevent_cse=False)
+
+
+def _all_but_placed(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Saves all but the results of placing: gathered parameters are gathered again in the backward pass."""
+    return primitive.name != "sharding_constraint"
 
 
 def _run_part(

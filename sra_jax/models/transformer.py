@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from sra_jax.models.stack import run_stack
+from sra_jax.models.stack import ANYWHERE, Placement, run_stack
 
 TIME_FREQUENCIES = 256
 LAYER_NORM_EPSILON = 1e-6
@@ -206,10 +206,16 @@ class Transformer(nnx.Module):
     Initialisation follows DiT: Xavier-uniform kernels (the patch embedding over its flattened kernel), zero biases,
     N(0, 0.02) for the label table and the time network, zeros for every modulation and the final layer, so that a new
     network predicts 0.
+
+    Args:
+      config: the shape.
+      rngs: its `params` stream.
+      placement: where activations and the parameters of a block lie while the network runs.
     """
 
-    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs, placement: Placement = ANYWHERE):
         self.config = config
+        self.placement = placement
         self.patch_embedding = linear(config, config.patch**2 * config.channels, config.width, rngs)
         self.time_embedding = TimeEmbedding(config, rngs=rngs)
         self.label_embedding = nnx.Embed(
@@ -249,15 +255,16 @@ class Transformer(nnx.Module):
         last = config.depth if stop is None else stop
         if list(taps) != sorted(set(taps)) or any(not 1 <= tap <= last for tap in taps):
             raise ValueError(f"taps={tuple(taps)} must ascend within 1..{last}")
-        condition = self.condition(t, y)
+        tokens = self.placement.rows(self.embed(x))
+        condition = self.placement.rows(self.condition(t, y))
         graphdef, params = nnx.split(self.blocks)
 
         def block(params: Any, x: jax.Array, condition: jax.Array) -> jax.Array:
             return nnx.merge(graphdef, params)(x, condition)
 
         tokens, features = run_stack(
-            block, params, self.embed(x), condition, depth=config.depth, taps=tuple(taps), stop=last,
-            remat=config.remat,
+            block, params, tokens, condition, depth=config.depth, taps=tuple(taps), stop=last,
+            remat=config.remat, placement=self.placement,
         )
         if stop is not None:
             return None, features

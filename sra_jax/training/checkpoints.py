@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from sra_jax.errors import UserError
+from sra_jax.training import processes
 from sra_jax.training.state import TrainState
 
 TREES = ("params", "ema", "opt_state")
@@ -60,16 +62,28 @@ class Checkpoints:
           Exception: whatever orbax raises where the files are damaged.
         """
         trees = {name: ocp.args.StandardRestore(getattr(abstract, name)) for name in TREES}
-        restored = self._manager.restore(step, args=ocp.args.Composite(**trees, meta=ocp.args.JsonRestore()))
-        number = jax.device_put(jax.numpy.asarray(step, abstract.step.dtype), abstract.step.sharding)
+        with self._reader() as reader:
+            restored = reader.restore(step, args=ocp.args.Composite(**trees, meta=ocp.args.JsonRestore()))
+        number = jax.make_array_from_callback(  # `device_put` would ask the other processes
+            (), abstract.step.sharding, lambda _: np.asarray(step, abstract.step.dtype)
+        )
         state = TrainState(step=number, **{name: restored[name] for name in TREES})
         return state, restored["meta"]
+
+    def _reader(self) -> ocp.CheckpointManager:
+        """A manager of this process alone: reading waits for no other process, which may have failed to read."""
+        me = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"reader_{me}"
+        )
+        options = ocp.CheckpointManagerOptions(create=False, multiprocessing_options=alone)
+        return ocp.CheckpointManager(self.directory, options=options, item_names=(*TREES, "meta"))
 
     def restore_newest(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any], list[str]] | None:
         """The newest checkpoint that can be read, or None where there is none.
 
         A damaged one is moved to <workdir>/damaged_checkpoints, so that its step can be saved again, and the one
-        before it is tried.
+        before it is tried. A checkpoint counts as damaged for all processes where one of them cannot read its part.
 
         Returns:
           The state, its meta data, and a message for each damaged checkpoint.
@@ -82,14 +96,18 @@ class Checkpoints:
         for step in reversed(steps):
             try:
                 state, meta = self.restore(abstract, step)
+                reason = ""
             except Exception as error:  # orbax and tensorstore raise many kinds for damaged files
-                reason = str(error).strip().splitlines() or [type(error).__name__]
-                messages.append(f"checkpoint {self.directory / str(step)} is damaged ({reason[0][:200]})")
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            if not processes.all_agree(not reason):
+                reason = reason or "another process could not read its part"
+                messages.append(f"checkpoint {self.directory / str(step)} is damaged ({reason})")
                 continue
-            for damaged in [s for s in steps if s > step]:
-                self._set_aside(damaged)
             if messages:
                 self._manager.close()
+                for damaged in [s for s in steps if s > step]:
+                    self._set_aside(damaged)
+                processes.wait_for_all("damaged checkpoints")
                 self._open()
             return state, meta, messages
         if steps:

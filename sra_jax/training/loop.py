@@ -18,11 +18,12 @@ from sra_jax import config as config_lib
 from sra_jax.data import pipeline
 from sra_jax.data import registry as datasets
 from sra_jax.data.dataset import Dataset
-from sra_jax.errors import RunError, UserError
+from sra_jax.errors import Preempted, RunError, UserError
 from sra_jax.evaluation import pictures
 from sra_jax.evaluation.generation import Generator
+from sra_jax.evaluation.runs import TrainingEvaluation
 from sra_jax.training import metrics as metrics_lib
-from sra_jax.training import sharding
+from sra_jax.training import processes, sharding
 from sra_jax.training.checkpoints import Checkpoints
 from sra_jax.training.state import Networks, TrainState, ema_decay, init_state, learning_rate, make_optimizer
 from sra_jax.training.step import Metrics, make_train_step
@@ -60,7 +61,7 @@ def build(config: ConfigDict, mesh: Mesh, dataset: Dataset, steps: int) -> Progr
       dataset: gives `encode`.
       steps: length of the run, for schedules.
     """
-    networks = Networks(config)
+    networks = Networks(config, sharding.placement(mesh, config_lib.DTYPES[config.dtype]))
     optimizer = make_optimizer(config, steps)
 
     def init(key: jax.Array) -> TrainState:
@@ -106,10 +107,12 @@ def train(config: ConfigDict, workdir: Path, allow_config_change: bool = False) 
     Raises:
       UserError: before any work, where config, data or workdir cannot work.
       RunError: the loss is no longer finite.
+      Preempted: SIGTERM came; the state is saved.
     """
     config_lib.check(config, jax.device_count())
     workdir = Path(workdir)
     started = prepare_workdir(config, workdir, allow_config_change)
+    processes.wait_for_all("workdir")  # before any of them writes there
     dataset = datasets.load(config.data)
     steps = config_lib.total_steps(config, len(dataset.source))
     say = print if jax.process_index() == 0 else _silent
@@ -124,7 +127,8 @@ def train(config: ConfigDict, workdir: Path, allow_config_change: bool = False) 
             say(f"nothing to do: step {int(state.step)} of {steps} is saved; --config.steps={2 * steps} trains on")
         else:
             _describe(config, program, dataset, steps, say)
-            _run(config, program, checkpoints, state, dataset, steps, workdir)
+            with processes.Preemption() as preemption:
+                _run(config, program, checkpoints, state, dataset, steps, workdir, preemption)
     finally:
         checkpoints.close()
     _say_where(config, workdir, say)
@@ -217,7 +221,7 @@ def _say_where(config: ConfigDict, workdir: Path, say: Callable[..., None]) -> N
 
 def _run(
     config: ConfigDict, program: Program, checkpoints: Checkpoints, state: TrainState, dataset: Dataset, steps: int,
-    workdir: Path,
+    workdir: Path, preemption: processes.Preemption,
 ) -> None:
     """The hot loop. The host runs ahead of the devices: it waits for them only to log, to preview and to save."""
     first = int(state.step)
@@ -233,6 +237,7 @@ def _run(
     compiled = program.train_step.lower(program.state, abstract_batch(dataset, config.batch_size, mesh)).compile()
     previews = Previews(config, mesh, workdir) if config.sample_every else None
     writer = metrics_lib.Writer(workdir) if jax.process_index() == 0 else None
+    evaluation = TrainingEvaluation(config, mesh, workdir) if config.evaluation.every else None
     journal = Journal(config, writer, bar, checkpoints)
     bar.set_description("training")
     try:
@@ -242,16 +247,25 @@ def _run(
                 state, metrics = compiled(state, batch)
             journal.add(step + 1, metrics)
             bar.update()
-            last = step + 1 == steps
-            if last or (step + 1) % config.checkpoint_every == 0:
+            last, leaving = step + 1 == steps, preemption.due(step + 1)
+            if last or leaving or (step + 1) % config.checkpoint_every == 0:
                 journal.read()  # a state is saved only once its losses are known to be finite
                 position = {"next_batch": step + 1}  # all the state that the stream of batches has
                 checkpoints.save(state, {"step": step + 1, "config": config.to_dict(), "data": position})
+            if leaving and not last:
+                checkpoints.wait()
+                raise Preempted(f"told to make room: step {step + 1} of {steps} is saved; start the same command again")
             if previews and (last or (step + 1) % config.sample_every == 0):
                 journal.read()
                 picture = previews.write(state.ema, step + 1)
                 if writer:
                     writer.image(step + 1, "samples", picture)
+                journal.restart_clock()
+            if evaluation and (last or (step + 1) % config.evaluation.every == 0):
+                journal.read()
+                measured = evaluation.measure(state.ema, step + 1)
+                if writer:
+                    writer.write(step + 1, measured)
                 journal.restart_clock()
         checkpoints.wait()
     finally:

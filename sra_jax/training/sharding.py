@@ -1,6 +1,7 @@
 """The mesh, and where every array lies on it. No other module knows of devices.
 
-Axes: `data` splits the batch; `fsdp` splits the batch and the state (parameters, EMA and optimizer alike).
+Axes: `data` splits the batch; `fsdp` splits the batch and the state (parameters, EMA and optimizer alike), each block
+being gathered when it is its turn; `model` splits attention heads and the hidden layer of the MLP (tensor parallelism).
 """
 
 import re
@@ -13,14 +14,17 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from sra_jax.models.stack import ANYWHERE, Placement
+
 BATCH = P(("data", "fsdp"))
+GATHERED = "fsdp"
 
 RULES: tuple[tuple[str, P], ...] = (
     # stacked blocks: the first axis is depth and stays whole, for the scan takes one block at a time
-    (r"blocks/attention/qkv/kernel", P(None, "fsdp", None, None, None)),  # (depth, D, 3, heads, D/heads)
-    (r"blocks/attention/out/kernel", P(None, None, None, "fsdp")),  # (depth, heads, D/heads, D)
-    (r"blocks/mlp/hidden/kernel", P(None, "fsdp", None)),  # (depth, D, 4D)
-    (r"blocks/mlp/out/kernel", P(None, None, "fsdp")),  # (depth, 4D, D)
+    (r"blocks/attention/qkv/kernel", P(None, "fsdp", None, "model", None)),  # (depth, D, 3, heads, D/heads)
+    (r"blocks/attention/out/kernel", P(None, "model", None, "fsdp")),  # (depth, heads, D/heads, D)
+    (r"blocks/mlp/hidden/kernel", P(None, "fsdp", "model")),  # (depth, D, 4D)
+    (r"blocks/mlp/out/kernel", P(None, "model", "fsdp")),  # (depth, 4D, D)
     (r"blocks/modulation/kernel", P(None, "fsdp", None)),  # (depth, D, 6D)
     (r"(patch_embedding|time_embedding/\w+)/kernel", P(None, "fsdp")),
     (r"label_embedding/embedding", P(None, "fsdp")),
@@ -65,6 +69,54 @@ def layout(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
         if re.search(pattern, path):
             return P(*(axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(spec, shape)))  # noqa: B905
     raise ValueError(f"no rule in sra_jax.training.sharding.RULES for {path} {shape}")
+
+
+def placement(mesh: Mesh, dtype: Any) -> Placement:
+    """Where arrays lie while a network runs on the mesh, stated so that the compiler has no choice.
+
+    Activations stay split by examples. Parameters are made whole along `fsdp` one block at a time, in the type in which
+    they are used; their gradients go back split.
+
+    Args:
+      mesh: the devices.
+      dtype: type of the matrix products; parameters of blocks are cast to it before they travel.
+    """
+    if mesh.size == 1:
+        return ANYWHERE
+
+    def rows(x: jax.Array) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
+
+    def block(params: Any) -> Any:
+        def gather(path: Sequence[Any], x: jax.Array) -> jax.Array:
+            spec = layout(f"blocks/{path_name(path)}", (1, *x.shape), mesh)
+            return _gather(x.astype(dtype), P(*spec[1:]), mesh)
+
+        return jax.tree_util.tree_map_with_path(gather, params)
+
+    def others(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: _gather(x, layout(path_name(path), x.shape, mesh), mesh), params
+        )
+
+    if mesh.shape[GATHERED] == 1:
+        return Placement(rows=rows)
+    return Placement(rows=rows, block=block, others=others)
+
+
+def _gather(x: jax.Array, split: P, mesh: Mesh) -> jax.Array:
+    """x whole along `fsdp`; its cotangent is split again, which makes the sum over devices a reduce-scatter."""
+    whole = NamedSharding(mesh, P(*(None if axis == GATHERED else axis for axis in split)))
+
+    @jax.custom_vjp
+    def gather(x: jax.Array) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x, whole)
+
+    def backward(_: None, cotangent: jax.Array) -> tuple[jax.Array]:
+        return (jax.lax.with_sharding_constraint(cotangent, NamedSharding(mesh, split)),)
+
+    gather.defvjp(lambda x: (gather(x), None), backward)
+    return gather(x)
 
 
 def path_name(path: Sequence[Any]) -> str:

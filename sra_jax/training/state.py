@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from sra_jax import config as config_lib
 from sra_jax.alignment import Head
+from sra_jax.models.stack import ANYWHERE, Placement
 from sra_jax.models.transformer import Transformer
 
 Params = dict[str, Any]
@@ -35,15 +36,23 @@ class TrainState:
 
 
 class Networks:
-    """The static half of the student and the teacher: functions of a parameter tree."""
+    """The static half of the student and the teacher: functions of a parameter tree.
 
-    def __init__(self, config: ConfigDict):
+    Args:
+      config: the recipe.
+      placement: where arrays lie while the networks run; `sharding.placement` makes it from a mesh.
+    """
+
+    def __init__(self, config: ConfigDict, placement: Placement = ANYWHERE):
         shape = config_lib.transformer_of(config)
         alignment = config_lib.alignment_of(config)
-        makers: dict[str, Callable[[nnx.Rngs], nnx.Module]] = {"model": lambda rngs: Transformer(shape, rngs=rngs)}
+        makers: dict[str, Callable[[nnx.Rngs], nnx.Module]] = {
+            "model": lambda rngs: Transformer(shape, rngs=rngs, placement=placement)
+        }
         if alignment is not None and alignment.head:
             makers["head"] = lambda rngs: Head(shape, rngs=rngs)
         self._makers = makers
+        self._placement = placement
         self._graphs = {
             name: nnx.graphdef(nnx.eval_shape(lambda make=make: make(nnx.Rngs(0)))) for name, make in makers.items()
         }
@@ -58,13 +67,17 @@ class Networks:
 
     def model(self, params: Params) -> Transformer:
         """The transformer with these parameters; inside a traced function."""
-        return nnx.merge(self._graphs["model"], params["model"])
+        others = {name: tree for name, tree in params["model"].items() if name != "blocks"}
+        return nnx.merge(
+            self._graphs["model"], self._placement.others(others) | {"blocks": params["model"]["blocks"]}
+        )
 
     def project(self, params: Params, tokens: jax.Array) -> jax.Array:
         """The student's tokens (B,N,D) through the head where there is one."""
         if "head" not in self._graphs:
             return tokens
-        return nnx.merge(self._graphs["head"], params["head"])(tokens)
+        (head,) = self._placement.others({"head": params["head"]}).values()
+        return nnx.merge(self._graphs["head"], head)(tokens)
 
 
 def learning_rate(config: ConfigDict, steps: int) -> optax.Schedule:

@@ -52,15 +52,15 @@ def one_device():
     return losses(recipe())
 
 
-@pytest.mark.parametrize(("data", "fsdp"), [(8, 1), (1, 8), (2, 4)])
-def test_eight_devices_give_the_losses_of_one(data, fsdp):
-    """Twenty steps, with the state whole on every device, split over all, and both."""
+@pytest.mark.parametrize(("data", "fsdp", "model"), [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
+def test_eight_devices_give_the_losses_of_one(data, fsdp, model):
+    """Twenty steps, with the state whole on every device, split over all, and everything at once."""
     expected, _ = one_device()
-    actual, state = losses(recipe(**{"mesh.data": data, "mesh.fsdp": fsdp}), devices=8)
+    actual, state = losses(recipe(**{"mesh.data": data, "mesh.fsdp": fsdp, "mesh.model": model}), devices=8)
     for name in ("loss", "loss_denoising", "loss_alignment", "grad_norm", "teacher_feature_norm"):
         np.testing.assert_allclose([m[name] for m in actual], [m[name] for m in expected], rtol=1e-5, err_msg=name)
     kernel = state.ema["model"]["blocks"]["mlp"]["hidden"]["kernel"]
-    assert kernel.addressable_shards[0].data.size * fsdp == kernel.size
+    assert kernel.addressable_shards[0].data.size * fsdp * model == kernel.size
 
 
 def test_accumulation_changes_nothing():

@@ -1,0 +1,202 @@
+"""Training on latents that tools/prepare_latents.py made (`config.data.name = "latents"`).
+
+Every step samples the posterior anew, on the device: x0 = ((mean + std * noise) - shift) * scale.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from array_record.python import array_record_module
+from PIL import Image
+
+from sra_jax.data import shards
+from sra_jax.data.dataset import Dataset, Decoder, Example
+from sra_jax.data.images import centre_crop, to_array
+from sra_jax.errors import UserError
+from sra_jax.interop import autoencoder as vae_interop
+from sra_jax.models.autoencoder import Autoencoder, AutoencoderConfig
+
+# what ArrayRecord advises for random access: no data beyond the record is read, no threads are started
+_READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
+_READ_BUFFER_BYTES = 1 << 15
+
+
+class LatentSource:
+    """Random access to the examples of a folder of latents; picklable, files are opened when they are first read.
+
+    An example is `mean` and `std` (H,W,C) in the manifest's dtype and `label` () int32. Threads may share a source.
+    """
+
+    def __init__(self, folder: str, manifest: shards.Manifest):
+        filled = [shard for shard in manifest.shards if shard.examples]
+        self._layout = manifest.layout
+        self._files = [str(Path(folder).expanduser() / shard.file) for shard in filled]
+        self._ends = np.cumsum([shard.examples for shard in filled])
+        self._readers: dict[int, array_record_module.ArrayRecordReader] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_readers": {}}
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """One example; raises a UserError that names the shard of a record that cannot be read."""
+        (shard,), (position,) = self._locate(np.array([index]))
+        return self._layout.from_bytes(self._read(int(shard), [int(position)])[0])
+
+    def read_batch(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+        """The examples at `indices` (B,), stacked: `mean` and `std` (B,H,W,C), `label` (B,) int32.
+
+        Faster than one by one: each shard is asked once for all its records of the batch.
+        """
+        shard_of, positions = self._locate(np.asarray(indices))
+        layout = self._layout
+        moments = np.empty((len(shard_of), 2, *layout.shape), layout.numpy_dtype)
+        labels = np.empty(len(shard_of), np.int32)
+        order = np.argsort(shard_of, kind="stable")
+        for places in np.split(order, np.flatnonzero(np.diff(shard_of[order])) + 1):
+            records = self._read(int(shard_of[places[0]]), positions[places].tolist())
+            for place, record in zip(places, records, strict=True):
+                moments[place], labels[place] = layout.split(record)
+        return {"mean": moments[:, 0], "std": moments[:, 1], "label": labels}
+
+    def _locate(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The shard and the record in it of each index."""
+        if indices.min() < 0 or indices.max() >= len(self):
+            raise IndexError(f"indices from {indices.min()} to {indices.max()} of a set with {len(self)} examples")
+        shard = np.searchsorted(self._ends, indices, side="right")
+        return shard, indices - np.concatenate([[0], self._ends])[shard]
+
+    def _read(self, shard: int, positions: list[int]) -> list[bytes]:
+        try:
+            if shard not in self._readers:
+                # two threads may both open the file: the later reader stays, the other one closes with its last use
+                self._readers[shard] = array_record_module.ArrayRecordReader(
+                    self._files[shard], options=_READER_OPTIONS, file_reader_buffer_size=_READ_BUFFER_BYTES
+                )
+            records = self._readers[shard].read(positions)
+            for record in records:
+                self._layout.check(record)
+            return records
+        except (ValueError, RuntimeError, OSError, IndexError) as error:
+            raise UserError(
+                f"{self._files[shard]} cannot be read ({error}): find out with tools/prepare_latents.py --verify "
+                "which shards are damaged"
+            ) from error
+
+
+def sample_posterior(
+    batch: Mapping[str, jax.Array], key: Any, scaling_factor: float, shift_factor: float = 0.0
+) -> jax.Array:
+    """Scaled latents drawn from the posterior of each example.
+
+    Args:
+      batch: `mean` and `std`, each (B,H,W,C) float32, float16 or bfloat16.
+      key: a JAX random key; the noise of all B examples is one draw, so that it depends on an example's place in the
+        batch and not on the devices.
+      scaling_factor: the autoencoder's.
+      shift_factor: the autoencoder's.
+
+    Returns:
+      (B,H,W,C) float32.
+    """
+    mean = batch["mean"].astype(jnp.float32)
+    noise = jax.random.normal(key, mean.shape, jnp.float32)
+    return (mean + batch["std"].astype(jnp.float32) * noise - shift_factor) * scaling_factor
+
+
+def _manifest(data: Any) -> shards.Manifest:
+    if not data.path:
+        raise UserError(
+            "data.path is empty: latents come from a folder that tools/prepare_latents.py makes of images, such as\n"
+            "  python tools/prepare_latents.py --source=tfds:imagenet2012 --output=LATENTS --image_size=256\n"
+            "then add --config.data.path=LATENTS. Without images: the :smoke variant of the recipe, or "
+            "--config.data.name=synthetic"
+        )
+    return shards.read_manifest(data.path)
+
+
+def load(data: Any) -> Dataset:
+    """The training set in the folder `data.path`.
+
+    Args:
+      data: the config's data part: `path`, `image_size` (the latents' side), `channels`, `num_classes`.
+
+    Raises:
+      UserError: the folder is missing, unfinished or damaged, or holds other latents than the config describes.
+    """
+    manifest = _manifest(data)
+    height, width, channels = manifest.layout.shape
+    if (height, width) != (data.image_size, data.image_size):
+        raise UserError(f"data.image_size={data.image_size}, but the latents in {data.path} are {height}x{width}")
+    if channels != data.channels:
+        raise UserError(f"data.channels={data.channels}, but the latents in {data.path} have {channels}")
+    # a set without class names only shows the labels that occur in it, so there may be more classes
+    fits = data.num_classes == manifest.num_classes or (
+        manifest.class_names is None and data.num_classes > manifest.num_classes
+    )
+    if not fits:
+        raise UserError(
+            f"data.num_classes={data.num_classes}, but the latents in {data.path} have {manifest.num_classes} classes"
+        )
+    if not manifest.examples:
+        raise UserError(f"{data.path} holds no example: every image of {manifest.source} was unreadable")
+    shards.check_sizes(data.path, manifest)
+    scale, shift = manifest.vae_config.scaling_factor, manifest.vae_config.shift_factor
+    return Dataset(
+        source=LatentSource(data.path, manifest),
+        latent_shape=manifest.layout.shape,
+        num_classes=data.num_classes,
+        encode=lambda batch, key: sample_posterior(batch, key, scale, shift),
+        class_names=manifest.class_names,
+    )
+
+
+def decoder(data: Any) -> Decoder:
+    """Scaled latents (B,h,w,C) to images (B,H,W,3) uint8, through the autoencoder that made the latents.
+
+    Args:
+      data: the config's data part: `path`, whose manifest names the autoencoder, and `vae`, a folder or a Hugging Face
+        id that takes its place where it is not empty. `path` may be empty where `vae` is given.
+
+    Raises:
+      UserError: the autoencoder cannot be found, or its scaling or latents differ from those in the manifest.
+    """
+    return _vae(data).decode_uint8
+
+
+def example_from_image(data: Any, picture: Image.Image) -> Example:
+    """The posterior of any picture, cropped as ADM does and encoded by the set's autoencoder; its label is 0."""
+    vae = _vae(data)
+    pixels = to_array(centre_crop(picture.convert("RGB"), data.image_size * vae.config.downsampling), 3)
+    mean, std = vae.encode(jnp.asarray(pixels[None], jnp.float32) / 127.5 - 1)
+    return {"mean": np.asarray(mean[0]), "std": np.asarray(std[0]), "label": np.int32(0)}
+
+
+def _vae(data: Any) -> Autoencoder:
+    """The autoencoder of the set; see `decoder`."""
+    manifest = _manifest(data) if data.path else None
+    if not data.vae and manifest is None:
+        raise UserError("neither data.vae nor data.path is given: one of them must say which VAE decodes the latents")
+    vae = vae_interop.load(data.vae or manifest.vae_name)
+    if manifest is not None:
+        for field in ("latent_channels", "scaling_factor", "shift_factor"):
+            _check_same(field, vae.config, manifest.vae_config, vae.name, data.path)
+    if vae.config.latent_channels != data.channels:
+        raise UserError(
+            f"data.channels={data.channels}, but the VAE {vae.name} decodes latents with {vae.config.latent_channels}"
+        )
+    return vae
+
+
+def _check_same(field: str, ours: AutoencoderConfig, prepared: AutoencoderConfig, name: str, path: str) -> None:
+    if getattr(ours, field) != getattr(prepared, field):
+        raise UserError(
+            f"the VAE {name} has {field}={getattr(ours, field)}, but the latents in {path} were made with "
+            f"{field}={getattr(prepared, field)}: set data.vae to the VAE that made them"
+        )

@@ -1,0 +1,132 @@
+"""Accelerators that programs are compiled for without having one: their published rates and their slices' names."""
+
+import dataclasses
+import math
+import os
+import re
+from typing import Any
+
+from sra_jax.errors import UserError
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Published figures of one chip (Cloud TPU documentation, system architecture page of each version).
+
+    Attributes:
+      peak_flops: bfloat16 operations a second.
+      memory_bytes: HBM.
+      memory_bandwidth: bytes a second from and to HBM.
+      link_bandwidth: bytes a second that a chip sends over all its inter-chip links, one direction.
+      cores_counted: whether accelerator names count TensorCores, of which there are two a chip (v4-8 is four chips).
+      options: what libtpu needs to be told to make one device of a chip.
+    """
+
+    peak_flops: float
+    memory_bytes: int
+    memory_bandwidth: float
+    link_bandwidth: float
+    cores_counted: bool
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+CHIPS = {
+    "v4": Chip(275e12, 32 * GIB, 1228e9, 300e9, True, (("chip_config_name", "megacore"),)),
+    "v5e": Chip(197e12, 16 * GIB, 819e9, 200e9, False),
+    "v5p": Chip(459e12, 95 * GIB, 2765e9, 600e9, True),
+    "v6e": Chip(918e12, 32 * GIB, 1640e9, 400e9, False),
+}
+FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
+CUBIC = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8"}
+"""The usual slice of so many chips, for chips linked in two and in three dimensions."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """A kind of chip and how many of it are linked how."""
+
+    kind: str
+    layout: str
+
+    @property
+    def chip(self) -> Chip:
+        """One of them."""
+        return CHIPS[self.kind]
+
+    @property
+    def name(self) -> str:
+        """Such as v5e:4x4."""
+        return f"{self.kind}:{self.layout}"
+
+    @property
+    def size(self) -> int:
+        """Number of chips."""
+        return math.prod(int(side) for side in self.layout.split("x"))
+
+
+def parse_slice(text: str) -> Slice:
+    """`v5e:4x4` or, by the cloud's accelerator names, `v5e-16`, `v4-8` (cores).
+
+    Raises:
+      UserError: an unknown chip, or a number of chips that has no usual slice.
+    """
+    found = re.fullmatch(r"(\w+)(?::(\d+(?:x\d+)+)|-(\d+))", text)
+    if not found or found[1] not in CHIPS:
+        raise UserError(
+            f"--topology={text} is unknown; allowed: {', '.join(CHIPS)} with a layout such as v5e:4x4 or v4:2x2x4, or "
+            "an accelerator name such as v5e-16 or v4-8"
+        )
+    kind, layout, count = found.groups()
+    if layout:
+        return Slice(kind, layout)
+    counted = CHIPS[kind].cores_counted
+    usual = CUBIC if counted else FLAT
+    chips = int(count) // 2 if counted else int(count)
+    if chips not in usual:
+        allowed = ", ".join(f"{kind}-{n * 2 if counted else n}" for n in usual)
+        raise UserError(f"--topology={text} is no usual slice: allowed {allowed}, or a layout such as {kind}:4x4")
+    return Slice(kind, usual[chips])
+
+
+def describe_devices(wanted: Slice) -> list[Any]:
+    """Devices of a slice that does not exist here, for ahead-of-time compilation; needs libtpu but no TPU.
+
+    Raises:
+      UserError: libtpu is missing, or knows no such slice.
+    """
+    # libtpu would ask the cloud's metadata server where it is, and complain of what it does not find.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v4-8")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
+    try:
+        import libtpu  # noqa: F401
+    except ImportError as error:
+        raise UserError(install_hint()) from error
+    from jax.experimental import topologies
+
+    options = dict(wanted.chip.options)
+    if wanted.size < 4:
+        options["chips_per_host_bounds"] = (*map(int, wanted.layout.split("x")), 1)
+    try:
+        return list(topologies.get_topology_desc(wanted.name, platform="tpu", **options).devices)
+    except Exception as error:
+        raise UserError(f"--topology={wanted.name} is refused by libtpu: {str(error).splitlines()[0][:300]}") from error
+
+
+def install_hint() -> str:
+    """How to get the libtpu that goes with the installed JAX."""
+    import importlib.metadata
+
+    versions = [
+        requirement.split(";")[0].strip()
+        for requirement in importlib.metadata.requires("jax") or []
+        if requirement.startswith("libtpu")
+    ]
+    wanted = versions[0] if versions else "libtpu"
+    return (
+        f"libtpu is not installed: pip install '{wanted}' (the version for JAX {importlib.metadata.version('jax')}; it "
+        "needs no TPU to compile). Elsewhere set JAX_PLATFORMS=cpu so that JAX does not look for a TPU"
+    )

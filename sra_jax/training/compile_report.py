@@ -1,0 +1,282 @@
+"""Compiling a recipe for devices that are not there, and saying what it would need and take."""
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from sra_jax import config as config_lib
+from sra_jax.data import registry as datasets
+from sra_jax.errors import UserError
+from sra_jax.evaluation.generation import Generator
+from sra_jax.models.flops import train_step_flops
+from sra_jax.training import loop, sharding
+from sra_jax.training.chips import Slice, describe_devices
+from sra_jax.training.compiled import Program
+from sra_jax.training.state import Networks
+
+Report = dict[str, Any]
+STATE_COPIES = 4
+"""Parameters, EMA and two moments."""
+RESERVED = 0.25 / 16
+"""Share of HBM that the compiler keeps to itself: it offers 15.75 GB of 16."""
+
+
+def without_data(config: ConfigDict) -> ConfigDict:
+    """The recipe on random latents of its shape where it names a set on disk but no path: no data is needed here."""
+    config = config.copy_and_resolve_references()
+    if not config.data.path and config.data.name != "digits":
+        config.data.name = "synthetic"
+    config.data.workers = 0
+    return config
+
+
+def state_bytes(program: loop.Program) -> dict[str, int]:
+    """Bytes that one device holds of parameters, EMA and optimizer state."""
+
+    def held(tree: Any) -> int:
+        return sum(
+            int(np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=np.int64)) * leaf.dtype.itemsize
+            for leaf in jax.tree.leaves(tree)
+        )
+
+    return {name: held(getattr(program.state, name)) for name in ("params", "ema", "opt_state")}
+
+
+def build(config: ConfigDict, devices: list[Any]) -> tuple[loop.Program, Any]:
+    """The run's program on these devices and its abstract batch, as main.py makes them."""
+    mesh = sharding.make_mesh(config_lib.mesh_shape(config, len(devices)), devices)
+    dataset = datasets.load(config.data)
+    program = loop.build(config, mesh, dataset, config_lib.total_steps(config, len(dataset.source)))
+    return program, loop.abstract_batch(dataset, config.batch_size, mesh)
+
+
+def lower(config: ConfigDict, devices: list[Any], sample: bool = False) -> tuple[loop.Program, Any]:
+    """The run's program on these devices and its lowered train step, or sampler."""
+    program, batch = build(config, devices)
+    if sample:
+        generator = Generator(config, program.mesh, datasets.decoder(config.data), config.batch_size, seed=0)
+        return program, generator.lower({"model": program.state.ema["model"]})
+    return program, program.train_step.lower(program.state, batch)
+
+
+def lower_for_platform(config: ConfigDict, devices: list[Any], platform: str) -> tuple[loop.Program, str]:
+    """The run's program on stand-in devices, and the StableHLO of its train step lowered for another platform."""
+    program, batch = build(config, devices)
+    lowered = program.train_step.trace(program.state, batch).lower(lowering_platforms=(platform,))
+    return program, lowered.as_text()
+
+
+def compile_for(config: ConfigDict, wanted: Slice, sample: bool = False) -> Report:
+    """Compile the recipe's train step, or its sampler, for a TPU slice and report on it.
+
+    Args:
+      config: the recipe.
+      wanted: the slice.
+      sample: compile the sampler for `batch_size` images instead of the train step.
+
+    Returns:
+      JSON data. `fits` is False where the compiler or the chip's memory refuses the program; what the compiler did not
+      get to is left out then. `step_seconds` gives the kernels' roofline time, the links' time, and both ways to add
+      them: fully overlapped (the longer one) and one after the other. They are estimates from published rates.
+
+    Raises:
+      UserError: a config that cannot work on so many devices, libtpu is missing, an unknown slice.
+    """
+    config = without_data(config)
+    devices = describe_devices(wanted)
+    config_lib.check(config, len(devices))
+    chip = wanted.chip
+    program, lowered = lower(config, devices, sample)
+    model = train_step_flops(config_lib.transformer_of(config), config_lib.alignment_of(config), config.batch_size)
+    report: Report = {
+        "recipe": config.name,
+        "topology": wanted.name,
+        "devices": len(devices),
+        "program": "sampler" if sample else "train_step",
+        "data": config.data.name,
+        "mesh": dict(program.mesh.shape),
+        "batch_size": config.batch_size,
+        "accumulation": config.accumulation,
+        "remat": config.model.remat,
+        "dtype": config.dtype,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(program.state.params["model"])),
+        "state_bytes": state_bytes(program),
+        "hbm_bytes": int(chip.memory_bytes * (1 - RESERVED)),
+    }
+    try:
+        compiled = lowered.compile()
+    except Exception as error:
+        return report | _refused(error)
+    memory = compiled.memory_analysis()
+    report["memory_bytes"] = {
+        "arguments": memory.argument_size_in_bytes,
+        "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "code": memory.generated_code_size_in_bytes,
+    }
+    report["peak_bytes"] = sum(report["memory_bytes"].values())
+    report["fits"] = report["peak_bytes"] <= report["hbm_bytes"]
+    cost = Program(compiled.as_text()).cost()
+    kernels = cost.kernel_seconds(chip.peak_flops, chip.memory_bandwidth)
+    links = sum(cost.sent.values()) / chip.link_bandwidth
+    report |= {
+        "flops": cost.flops,
+        "memory_traffic_bytes": cost.memory_bytes,
+        "sent_bytes": dict(cost.sent),
+        "unknown_loops": cost.unknown_loops,
+        "step_seconds": {
+            "arithmetic": cost.flops / chip.peak_flops, "kernels": kernels, "links": links,
+            "overlapped": max(kernels, links), "in_turn": kernels + links,
+        },
+        "communication_share": links / (kernels + links),
+    }  # fmt: skip
+    if not sample:
+        report["model_flops"] = {
+            name: value / len(devices) for name, value in
+            (("student", model.student), ("head", model.head), ("teacher", model.teacher), ("total", model.total))
+        }  # fmt: skip
+        ideal = model.total / len(devices) / chip.peak_flops
+        report["mfu"] = {key: ideal / report["step_seconds"][key] for key in ("overlapped", "in_turn")}
+    return report
+
+
+def _refused(error: Exception) -> Report:
+    """What the compiler said of a program that does not fit; any other error is raised again."""
+    text = str(error)
+    if "RESOURCE_EXHAUSTED" not in text and "exceeded" not in text.lower():
+        raise error
+    used = re.search(r"Used ([\d.]+)([GM]) of", text)
+    peak = int(float(used[1]) * (2**30 if used[2] == "G" else 2**20)) if used else None
+    return {"fits": False, "peak_bytes": peak, "refused": text.strip().splitlines()[0][:300]}
+
+
+def settings(config: ConfigDict, devices: int) -> Iterator[dict[str, Any]]:
+    """Meshes, remat policies and accumulations worth trying, in groups of one mesh and policy: within a group, each
+    needs less memory than the one before."""
+    meshes = [
+        {"mesh.data": devices // fsdp, "mesh.fsdp": fsdp, "mesh.model": 1}
+        for fsdp in (1, 4, 16, 64, 256)
+        if devices % fsdp == 0
+    ]
+    for mesh, remat in itertools.product(meshes, ("none", "dots", "block")):
+        for accumulation in (1, 2, 4):
+            yield {**mesh, "model.remat": remat, "accumulation": accumulation}
+
+
+def modest_settings(config: ConfigDict, wanted: Slice) -> Iterator[dict[str, Any]]:
+    """The recipe as it is but for the mesh and accumulation: the smallest fsdp at which the state takes at most a third
+    of a chip's memory, then accumulation 1, 2, 4."""
+    shape = config_lib.transformer_of(config)
+    graph = jax.eval_shape(Networks(config).init, jax.random.key(0))
+    whole = STATE_COPIES * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(graph))
+    for fsdp in (1, 4, 16, 64):
+        if shape.width % fsdp == 0 and whole / fsdp <= wanted.chip.memory_bytes / 3:
+            break
+    fsdp = min(fsdp, wanted.size)
+    for accumulation in (1, 2, 4):
+        values = {"mesh.data": wanted.size // fsdp, "mesh.fsdp": fsdp, "accumulation": accumulation}
+        if possible(config, values, wanted.size):
+            yield values
+
+
+def with_settings(config: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
+    """A copy of the config with other values."""
+    config = config.copy_and_resolve_references()
+    config.update_from_flattened_dict(dict(values))
+    return config
+
+
+def possible(config: ConfigDict, values: Mapping[str, Any], devices: int) -> bool:
+    """Whether a config with these values passes its checks."""
+    try:
+        config_lib.check(with_settings(without_data(config), values), devices)
+    except UserError:
+        return False
+    return True
+
+
+def megabytes(size: float) -> str:
+    """Bytes for people."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def describe(report: Report) -> str:
+    """A report in lines for people; the last one says whether the program fits."""
+    state = report["state_bytes"]
+    data = " (no data.path: random latents of the recipe's shape)" if report["data"] == "synthetic" else ""
+    lines = [
+        f"{report['recipe']}, {report['program']}, for {report['topology']}, data {report['data']}{data}",
+        f"devices           {report['devices']}, mesh "
+        + ", ".join(f"{axis}={size}" for axis, size in report["mesh"].items())
+        + f"; batch {report['batch_size']} in {report['accumulation']} part(s), remat {report['remat']}, "
+        f"{report['dtype']}",
+        f"parameters        {report['parameters'] / 1e6:.2f}M; state on a device: "
+        + ", ".join(f"{name} {megabytes(size)}" for name, size in state.items()),
+    ]
+    if "memory_bytes" in report:
+        parts = ", ".join(f"{name} {megabytes(size)}" for name, size in report["memory_bytes"].items())
+        lines += [f"HBM a device      {megabytes(report['peak_bytes'])} of {megabytes(report['hbm_bytes'])}: {parts}"]
+        lines += _describe_cost(report)
+    else:
+        needed = megabytes(report["peak_bytes"]) if report["peak_bytes"] else "more"
+        lines += [f"HBM a device      {needed} needed of {megabytes(report['hbm_bytes'])}: the compiler refuses"]
+    return "\n".join([*lines, f"fits: {'yes' if report['fits'] else 'no'}"])
+
+
+def _describe_cost(report: Report) -> list[str]:
+    seconds = report["step_seconds"]
+    lines = [f"FLOPs a device    {report['flops']:.4e} compiled"]
+    if "model_flops" in report:
+        model = report["model_flops"]
+        lines[0] += (
+            f", {model['total']:.4e} analytic (student {model['student']:.3e}, head {model['head']:.3e}, teacher "
+            f"{model['teacher']:.3e}): ratio {report['flops'] / model['total']:.3f}"
+        )
+    if report["unknown_loops"]:
+        lines.append(f"                  {report['unknown_loops']} loop(s) of unknown length are counted once")
+    sent = ", ".join(f"{kind} {megabytes(size)}" for kind, size in sorted(report["sent_bytes"].items()))
+    lines += [
+        f"sent by a device  {sent or 'nothing'}",
+        f"estimate          kernels {seconds['kernels'] * 1e3:.1f} ms (arithmetic alone "
+        f"{seconds['arithmetic'] * 1e3:.1f} ms), links {seconds['links'] * 1e3:.1f} ms; together "
+        f"{seconds['overlapped'] * 1e3:.1f} ms overlapped to {seconds['in_turn'] * 1e3:.1f} ms in turn",
+    ]
+    if "mfu" in report:
+        lines.append(f"MFU, estimated    {report['mfu']['in_turn']:.1%} to {report['mfu']['overlapped']:.1%}")
+    return lines
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A column's heading and what it shows of a report."""
+
+    heading: str
+    value: Any
+
+
+COLUMNS = (
+    Row("recipe", lambda r: r["recipe"]),
+    Row("slice", lambda r: r["slice"]),
+    Row("mesh data x fsdp", lambda r: f"{r['mesh']['data']} x {r['mesh']['fsdp']}"),
+    Row("parts", lambda r: r["accumulation"]),
+    Row("remat", lambda r: r["remat"]),
+    Row("fits", lambda r: "yes" if r["fits"] else "no"),
+    Row("HBM", lambda r: f"{(r['peak_bytes'] or 0) / 1e9:.1f} of {r['hbm_bytes'] / 1e9:.1f} GB"),
+    Row("step, estimated", lambda r: "{:.0f}-{:.0f} ms".format(
+        *(1e3 * r["step_seconds"][k] for k in ("overlapped", "in_turn"))) if "step_seconds" in r else "-"),
+    Row("MFU", lambda r: f"{r['mfu']['in_turn']:.0%}-{r['mfu']['overlapped']:.0%}" if "mfu" in r else "-"),
+    Row("communication", lambda r: f"{r['communication_share']:.0%}" if "communication_share" in r else "-"),
+)  # fmt: skip
+
+
+def table(reports: list[Report]) -> str:
+    """Reports as a Markdown table."""
+    lines = ["| " + " | ".join(column.heading for column in COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
+    lines += ["| " + " | ".join(str(column.value(report)) for column in COLUMNS) + " |" for report in reports]
+    return "\n".join(lines)

@@ -1,0 +1,339 @@
+"""What a compiled program does, read from its text: operations, memory traffic and what devices send each other.
+
+XLA's own `cost_analysis` counts the body of a loop once; here every loop counts as often as it runs.
+"""
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+BYTES = {
+    "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "s64": 8, "u64": 8,
+    "f16": 2, "bf16": 2, "f32": 4, "f64": 8, "c64": 8, "c128": 16, "f8e4m3fn": 1, "f8e5m2": 1,
+}  # fmt: skip
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+FREE = frozenset({
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
+    "copy-done", "opt-barrier",
+})  # fmt: skip
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
+_ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^{}]*\})?")
+_OPERAND = re.compile(r"%([\w.\-]+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """One array: its type, its shape, and whether it lies in the device's main memory (TPUs have faster ones)."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    main: bool = True
+
+    @property
+    def bytes(self) -> float:
+        """Its size without padding."""
+        return math.prod(self.shape) * BYTES.get(self.dtype, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of a computation."""
+
+    name: str
+    opcode: str
+    arrays: tuple[Array, ...]
+    operands: tuple[str, ...]
+    rest: str
+    root: bool
+
+    def attribute(self, key: str) -> str | None:
+        """The name or number after `key=`."""
+        found = re.search(rf"\b{key}=%?([\w.\-]+)", self.rest)
+        return found and found[1]
+
+
+@dataclasses.dataclass
+class Cost:
+    """What a program does on one device.
+
+    Attributes:
+      flops: of matrix products and convolutions, 2 for a multiplication with its addition.
+      kernels: (FLOPs, bytes read from and written to main memory) of each kernel, times its number of runs.
+      sent: bytes that a device sends to others by kind of collective, with ring algorithms.
+      unknown_loops: loops whose number of runs could not be read; they are counted once.
+    """
+
+    flops: float = 0.0
+    kernels: list[tuple[float, float]] = dataclasses.field(default_factory=list)
+    sent: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    unknown_loops: int = 0
+
+    @property
+    def memory_bytes(self) -> float:
+        """Bytes read from and written to main memory."""
+        return sum(size for _, size in self.kernels)
+
+    def kernel_seconds(self, peak_flops: float, bandwidth: float) -> float:
+        """Time of all kernels in turn, each as long as its arithmetic or its traffic, whichever is longer."""
+        return sum(max(flops / peak_flops, size / bandwidth) for flops, size in self.kernels)
+
+
+class Program:
+    """A compiled program's text (`compiled.as_text()`) as computations of instructions."""
+
+    def __init__(self, text: str):
+        self.computations: dict[str, dict[str, Instruction]] = {}
+        self.entry = ""
+        current: dict[str, Instruction] = {}
+        for line in text.splitlines():
+            if (found := _COMPUTATION.match(line)) and " = " not in line.split("{")[0].split("(")[0]:
+                current = self.computations.setdefault(found[2], {})
+                self.entry = found[2] if found[1] else self.entry
+            elif found := _INSTRUCTION.match(line):
+                instruction = _parse(found[2], found[3], bool(found[1]))
+                current[instruction.name] = instruction
+
+    def instructions(self) -> Iterator[Instruction]:
+        """All instructions of all computations."""
+        for computation in self.computations.values():
+            yield from computation.values()
+
+    def cost(self) -> Cost:
+        """Operations, traffic and collectives of one run."""
+        cost = Cost()
+        chained: dict[str, tuple[str, float]] = {}
+        self._add(self.entry, 1, cost, chained)
+        for kind, size in chained.values():
+            cost.sent[kind] += size
+        return cost
+
+    def _add(self, computation: str, runs: int, cost: Cost, chained: dict[str, tuple[str, float]]) -> None:
+        body = self.computations[computation]
+        for instruction in body.values():
+            opcode = instruction.opcode
+            if opcode == "while":
+                trips = self.trip_count(instruction, body)
+                cost.unknown_loops += trips is None
+                self._add(instruction.attribute("body"), runs * (trips or 1), cost, chained)
+            elif opcode == "conditional":
+                for branch in _branches(instruction)[:1]:
+                    self._add(branch, runs, cost, chained)
+            elif opcode == "call":
+                self._add(instruction.attribute("to_apply"), runs, cost, chained)
+            elif opcode not in FREE:
+                flops = self._flops(instruction, body)
+                cost.flops += runs * flops
+                cost.kernels.append((runs * flops, runs * self._traffic(instruction, body)))
+                self._add_collectives(instruction, body, runs, cost, chained)
+
+    def _add_collectives(
+        self, instruction: Instruction, body: Mapping[str, Instruction], runs: int, cost: Cost,
+        chained: dict[str, tuple[str, float]],
+    ) -> None:
+        kind = instruction.opcode.removesuffix("-start")
+        if kind in COLLECTIVES:
+            size = runs * _sent(kind, instruction, body)
+            if "chain_id" in instruction.rest:
+                # TPU programs cut a collective into pieces that run inside several kernels; each piece shows the whole.
+                key = f"{instruction.attribute('channel_id')}"
+                chained[key] = max(chained.get(key, (kind, 0.0)), (kind, size))
+            else:
+                cost.sent[kind] += size
+        elif inner := self._inner(instruction):
+            for part in inner.values():
+                self._add_collectives(part, inner, runs, cost, chained)
+
+    def _inner(self, instruction: Instruction) -> Mapping[str, Instruction] | None:
+        if instruction.opcode in ("fusion", "async-start"):
+            return self.computations.get(instruction.attribute("calls") or "")
+        return None
+
+    def _flops(self, instruction: Instruction, body: Mapping[str, Instruction]) -> float:
+        if instruction.opcode == "dot":
+            left = body[instruction.operands[0]].arrays[0].shape
+            contracted = _numbers(instruction.rest, "lhs_contracting_dims")
+            return 2 * math.prod(instruction.arrays[0].shape) * math.prod(left[d] for d in contracted)
+        if instruction.opcode == "convolution":
+            return _convolution_flops(instruction, body)
+        inner = self._inner(instruction)
+        return sum(self._flops(part, inner) for part in inner.values()) if inner else 0.0
+
+    def _traffic(self, instruction: Instruction, body: Mapping[str, Instruction]) -> float:
+        """Bytes that one kernel reads and writes; of an array that is sliced or updated in place, the slice alone."""
+        if instruction.opcode.endswith("-done") or instruction.opcode.removesuffix("-start") in COLLECTIVES:
+            return 0.0
+        if instruction.opcode == "dynamic-slice":
+            return 2 * _size(instruction.arrays)
+        if instruction.opcode == "dynamic-update-slice":
+            return 2 * _size(body[instruction.operands[1]].arrays)
+        inner = self._inner(instruction)
+        operands = [body[name] for name in instruction.operands if name in body]
+        if not inner:
+            copies = instruction.arrays[:1] if instruction.opcode == "copy-start" else instruction.arrays
+            return _size(copies) + sum(_size(operand.arrays) for operand in operands)
+        updates = {  # stacks updated in place: what is written is the slice
+            part.operands[0]: _size(inner[part.operands[1]].arrays)
+            for part in inner.values() if part.opcode == "dynamic-update-slice"
+        }  # fmt: skip
+        stacks = sum(_size(inner[name].arrays) for name in updates)
+        total = max(_size(instruction.arrays) - stacks, 0.0) + sum(updates.values())
+        for part in inner.values():
+            if part.opcode != "parameter":
+                continue
+            number = int(re.match(r"\s*(\d+)", part.rest)[1]) if part.rest else 0
+            outside = operands[number] if number < len(operands) else part
+            if not any(array.main for array in outside.arrays):
+                continue
+            users = [user for user in inner.values() if part.name in user.operands]
+            if users and all(user.opcode in ("dynamic-slice", "dynamic-update-slice") for user in users):
+                total += sum(_size(user.arrays) for user in users if user.opcode == "dynamic-slice")
+            else:
+                total += _size(outside.arrays)
+        return total
+
+    def trip_count(self, loop: Instruction, body: Mapping[str, Instruction]) -> int | None:
+        """How often a loop runs, or None where the text does not say."""
+        if known := re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', loop.rest):
+            return int(known[1])
+        condition = self.computations[loop.attribute("condition")]
+        root = next(i for i in condition.values() if i.root)
+        if root.opcode != "compare" or "direction=LT" not in root.rest:
+            return None
+        counter, limit = (condition[name] for name in root.operands)
+        stop = _constant(limit)
+        if stop is None or counter.opcode != "get-tuple-element":
+            return None
+        index = int(counter.attribute("index"))
+        start = _resolve(body, loop.operands[0], index)
+        step = self._step(loop.attribute("body"), index)
+        return None if start is None or not step else -(-(stop - start) // step)
+
+    def _step(self, name: str, index: int) -> int | None:
+        """By how much a loop's body raises entry `index` of its state."""
+        body = self.computations[name]
+        new = body[next(i for i in body.values() if i.root).operands[index]]
+        while new.opcode in ("copy", "bitcast"):
+            new = body[new.operands[0]]
+        if new.opcode == "add":
+            steps = [_constant(body[operand]) for operand in new.operands if operand in body]
+            return next((s for s in steps if s is not None), None)
+        inner = self._inner(new)
+        if inner:
+            constants = [_constant(part) for part in inner.values() if part.opcode == "constant"]
+            return constants[0] if len(constants) == 1 else None
+        return None
+
+
+def _parse(name: str, text: str, root: bool) -> Instruction:
+    depth = 0
+    for end, character in enumerate(text):  # noqa: B007
+        depth += (character == "(") - (character == ")")
+        if character == " " and depth == 0:
+            break
+    kind, call = text[:end], text[end + 1 :]
+    opcode, _, arguments = call.partition("(")
+    depth = 1
+    for close, character in enumerate(arguments):  # noqa: B007
+        depth += (character == "(") - (character == ")")
+        if depth == 0:
+            break
+    inside = arguments[:close]
+    rest = inside if opcode in ("parameter", "constant") else arguments[close + 1 :]
+    return Instruction(name, opcode, _arrays(kind), tuple(_OPERAND.findall(inside)), rest, root)
+
+
+def _arrays(kind: str) -> tuple[Array, ...]:
+    return tuple(
+        Array(dtype, tuple(int(n) for n in shape.split(",") if n), not re.search(r"S\([1-9]", layout))
+        for dtype, shape, layout in _ARRAY.findall(kind)
+        if dtype in BYTES
+    )
+
+
+def _size(arrays: Sequence[Array]) -> float:
+    return sum(array.bytes for array in arrays if array.main)
+
+
+def _numbers(text: str, key: str) -> tuple[int, ...]:
+    found = re.search(rf"{key}=\{{([\d,]*)\}}", text)
+    return tuple(int(n) for n in found[1].split(",") if n) if found else ()
+
+
+def _constant(instruction: Instruction) -> int | None:
+    if instruction.opcode == "constant" and re.fullmatch(r"-?\d+", instruction.rest.strip()):
+        return int(instruction.rest)
+    return None
+
+
+def _resolve(body: Mapping[str, Instruction], name: str, index: int) -> int | None:
+    """The constant at entry `index` of the tuple `name`."""
+    instruction = body.get(name)
+    while instruction is not None and instruction.opcode in ("copy", "bitcast", "opt-barrier"):
+        instruction = body.get(instruction.operands[0])
+    if instruction is None or instruction.opcode != "tuple":
+        return None
+    entry = body.get(instruction.operands[index])
+    while entry is not None and entry.opcode in ("copy", "bitcast", "copy-done", "copy-start"):
+        entry = body.get(entry.operands[0])
+    if entry is None or entry.opcode == "get-tuple-element":
+        return None
+    return 0 if entry.opcode == "broadcast" else _constant(entry)
+
+
+def _branches(instruction: Instruction) -> list[str]:
+    if found := re.search(r"branch_computations=\{([^}]*)\}", instruction.rest):
+        return _OPERAND.findall(found[1])
+    return [instruction.attribute("true_computation")]
+
+
+def _sent(kind: str, instruction: Instruction, body: Mapping[str, Instruction]) -> float:
+    """Bytes that a device sends in one collective by a ring algorithm."""
+    size = sum(array.bytes for name in instruction.operands if name in body for array in body[name].arrays)
+    if kind == "collective-permute":
+        return size
+    others = max(group_size(instruction.rest) - 1, 0)
+    share = others / (others + 1)
+    return {"all-gather": size * others, "all-reduce": 2 * size * share}.get(kind, size * share)
+
+
+def group_size(attributes: str) -> int:
+    """Devices that take part in one collective, from any of the three ways in which its text gives them."""
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
+        return math.prod(sizes[name] for name in re.findall(r"'(\w+)'", found[2]))
+    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes):
+        return int(found[2])
+    if found := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
+        return len(found[1].split(","))
+    return 1
+
+
+def _convolution_flops(instruction: Instruction, body: Mapping[str, Instruction]) -> float:
+    """Multiplications that touch data: TPU programs write batched products as convolutions over mostly holes."""
+    lhs_labels, rhs_labels, out_labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.rest).groups()
+    lhs, rhs = (body[name].arrays[0].shape for name in instruction.operands[:2])
+    out = instruction.arrays[0].shape
+    options = re.search(r"window=\{([^}]*)\}", instruction.rest)
+    window = {key: value.split("x") for key, value in re.findall(r"(\w+)=([\w\-]+)", options[1] if options else "")}
+
+    def along(key: str, dimension: int, default: str) -> str:
+        return window[key][dimension] if key in window else default
+
+    total = 2 * out[out_labels.index("b")] * out[out_labels.index("f")] * rhs[rhs_labels.index("i")]
+    for dimension in range(len(out) - 2):
+        label = str(dimension)
+        stride, hole = int(along("stride", dimension, "1")), int(along("lhs_dilate", dimension, "1"))
+        spread = int(along("rhs_dilate", dimension, "1"))
+        before = int(along("pad", dimension, "0_0").split("_")[0])
+        extent = (lhs[lhs_labels.index(label)] - 1) * hole + 1
+        places = (
+            i * stride + k * spread - before
+            for i in range(out[out_labels.index(label)])
+            for k in range(rhs[rhs_labels.index(label)])
+        )
+        total *= sum(0 <= place < extent and place % hole == 0 for place in places)
+    return total / int(instruction.attribute("batch_group_count") or 1)

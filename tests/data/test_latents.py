@@ -1,0 +1,255 @@
+import json
+import pickle
+import shutil
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import flags
+from ml_collections import ConfigDict
+
+from sra_jax.data import latents, shards
+from sra_jax.data.moments import MomentsFolder
+from sra_jax.data.preparation import MomentsCopier, prepare
+from sra_jax.errors import UserError
+from sra_jax.interop import autoencoder as vae_interop
+
+EXAMPLES, SHAPE = 11, (4, 4, 4)
+
+
+@pytest.fixture(scope="module")
+def moments(tmp_path_factory):
+    """A folder of .npy moments as the PyTorch code has them, and its (means, standard deviations, labels)."""
+    folder = tmp_path_factory.mktemp("edm2")
+    rng = np.random.default_rng(0)
+    mean, std = rng.normal(size=(2, EXAMPLES, *SHAPE)).astype(np.float32)
+    std, labels = np.exp(std), rng.permutation(EXAMPLES) % 3
+    for i in range(EXAMPLES):
+        array = np.concatenate([np.moveaxis(mean[i], -1, 0), np.moveaxis(std[i], -1, 0)])
+        np.save(folder / f"{i:03d}.npy", array)
+    listing = [[f"{i:03d}.npy", int(labels[i])] for i in range(EXAMPLES)]
+    (folder / "dataset.json").write_text(json.dumps({"labels": listing[::-1]}))
+    return folder, mean, std, labels
+
+
+def prepare_moments(moments, vae, output, dtype="float32", **options):
+    source = MomentsFolder(str(moments[0]))
+    return prepare(
+        source, MomentsCopier(source, vae.config), str(output), source_name=f"edm2:{moments[0]}",
+        vae_name=str(vae.folder), vae_fingerprint=None, vae_config=vae.config, dtype=dtype, batch_size=2, shard_size=4,
+        workers=2, **options,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(moments, tiny_vae, tmp_path_factory):
+    """Prepared latents, three shards."""
+    output = tmp_path_factory.mktemp("latents") / "out"
+    assert prepare_moments(moments, tiny_vae, output).complete
+    return output
+
+
+def config(folder, **changes):
+    values = {"name": "latents", "path": str(folder), "image_size": 4, "channels": 4, "num_classes": 3, "vae": ""}
+    return ConfigDict(values | changes)
+
+
+@pytest.mark.parametrize("dtype", shards.DTYPES)
+def test_examples_are_the_stored_moments(dtype, moments, tiny_vae, tmp_path):
+    _, mean, std, labels = moments
+    prepare_moments(moments, tiny_vae, tmp_path / "out", dtype)
+    source = latents.load(config(tmp_path / "out")).source
+    assert len(source) == EXAMPLES
+    for i in range(EXAMPLES):
+        example = source[i]
+        np.testing.assert_array_equal(example["mean"], mean[i].astype(jnp.dtype(dtype)))
+        np.testing.assert_array_equal(example["std"], std[i].astype(jnp.dtype(dtype)))
+        assert (example["label"], example["label"].dtype, example["label"].shape) == (labels[i], np.int32, ())
+    order = [10, 0, 5, 5, 3, 9]
+    batch = source.read_batch(order)
+    for key in ("mean", "std", "label"):
+        np.testing.assert_array_equal(batch[key], np.stack([source[i][key] for i in order]))
+        assert batch[key].dtype == source[0][key].dtype
+
+
+@pytest.mark.parametrize("dtype", shards.DTYPES)
+def test_encode_samples_the_posterior_by_the_key(dtype, folder, tiny_vae):
+    dataset = latents.load(config(folder))
+    batch = {key: jnp.asarray(value) for key, value in dataset.source.read_batch(range(6)).items()}
+    batch |= {key: batch[key].astype(dtype) for key in ("mean", "std")}
+    key = jax.random.key(3)
+    drawn = jax.jit(dataset.encode)(batch, key)
+    noise = np.asarray(jax.random.normal(key, batch["mean"].shape))
+    expected = (np.asarray(batch["mean"], np.float64) + np.asarray(batch["std"], np.float64) * noise) * 0.5
+    assert drawn.dtype == jnp.float32
+    assert tiny_vae.config.scaling_factor == 0.5
+    np.testing.assert_allclose(drawn, expected, rtol=1e-5, atol=1e-6)
+    assert dataset.latent_shape == drawn.shape[1:] == SHAPE
+    assert not np.allclose(drawn, dataset.encode(batch, jax.random.key(4)))
+
+
+def test_the_shift_of_newer_autoencoders_is_taken_off():
+    batch = {"mean": jnp.full((1, 2, 2, 1), 5.0), "std": jnp.zeros((1, 2, 2, 1))}
+    np.testing.assert_allclose(latents.sample_posterior(batch, jax.random.key(0), 0.25, 3.0), 0.5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_worker_processes_read_the_same(dtype, moments, tiny_vae, tmp_path):
+    prepare_moments(moments, tiny_vae, tmp_path / "out", dtype)
+    source = latents.load(config(tmp_path / "out")).source
+    source[0]
+    assert pickle.loads(pickle.dumps(source)).read_batch([7])["label"] == source[7]["label"]
+    stream = grain.MapDataset.source(source).batch(4).to_iter_dataset()
+    stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=2))
+    flags.FLAGS.mark_as_parsed()  # grain's workers read their options there
+    batches = list(stream)
+    for key in ("mean", "std", "label"):
+        joined = np.concatenate([batch[key] for batch in batches])
+        np.testing.assert_array_equal(joined, source.read_batch(range(EXAMPLES))[key])
+
+
+def test_two_processes_make_each_shard_once_with_the_same_bytes(moments, tiny_vae, folder, tmp_path):
+    output = tmp_path / "out"
+    first = prepare_moments(moments, tiny_vae, output, process_index=0, process_count=2)
+    assert (first.examples, first.complete) == (7, False)  # shards 0 and 2: four and three examples
+    with pytest.raises(UserError, match=r"prepared only in part"):
+        latents.load(config(output))
+    second = prepare_moments(moments, tiny_vae, output, process_index=1, process_count=2)
+    assert (second.examples, second.complete) == (4, True)
+    for file in (*sorted(folder.glob("*.arrayrecord")), folder / "manifest.json"):
+        assert (output / file.name).read_bytes() == file.read_bytes()
+    again = prepare_moments(moments, tiny_vae, output)
+    assert (again.examples, again.complete) == (0, True)
+
+
+def test_a_deleted_shard_is_made_again(moments, tiny_vae, folder, tmp_path):
+    output = shutil.copytree(folder, tmp_path / "out")
+    lost = sorted(output.glob("*.arrayrecord"))[1]
+    lost.unlink()
+    assert prepare_moments(moments, tiny_vae, output).examples == 4
+    assert lost.read_bytes() == (folder / lost.name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_size": 8}, "data.image_size=8, but the latents in .* are 4x4"),
+        ({"channels": 16}, "data.channels=16, but the latents in .* have 4"),
+        ({"num_classes": 2}, "data.num_classes=2, but the latents in .* have 3 classes"),
+        ({"path": ""}, "data.path is empty"),
+        ({"path": "/no/such/folder"}, "no prepared latents at /no/such/folder"),
+    ],
+)
+def test_config_that_does_not_fit(folder, changes, message):
+    with pytest.raises(UserError, match=message):
+        latents.load(config(folder, **changes))
+
+
+def test_sets_without_class_names_may_have_more_classes(folder):
+    assert latents.load(config(folder, num_classes=1000)).num_classes == 1000
+
+
+def test_damaged_shards_are_named(folder, tmp_path):
+    output = shutil.copytree(folder, tmp_path / "out")
+    manifest = shards.read_manifest(output)
+    cut, lost, changed = (output / shard.file for shard in manifest.shards)
+    whole = changed.read_bytes()
+    at = whole.index(latents.load(config(folder)).source[9]["mean"].tobytes())
+    changed.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    source = latents.load(config(output)).source  # all sizes are right
+    with pytest.raises(UserError, match=changed.name):
+        source[9]
+    with pytest.raises(UserError, match=changed.name):
+        source.read_batch([1, 9])
+    cut.write_bytes(cut.read_bytes()[:-1])
+    lost.unlink()
+    with pytest.raises(UserError, match=rf"(?s)2 of 3 shards .*{cut.name} has .* instead of .*{lost.name} is missing"):
+        latents.load(config(output))
+    problems = shards.damaged_shards(output, manifest)
+    assert [path.name for path in (cut, lost, changed) for problem in problems if path.name in problem] == [
+        cut.name, lost.name, changed.name,
+    ]  # fmt: skip
+    assert "checksum" in problems[2]
+
+
+def test_manifest_that_is_none(folder, tmp_path):
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(UserError, match=r"is not a manifest of prepared latents"):
+        shards.read_manifest(tmp_path)
+    values = json.loads((folder / "manifest.json").read_text())
+    values["vae"]["scaling_factor"] = 1.0
+    (tmp_path / "manifest.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match=r"contradicts"):
+        shards.read_manifest(tmp_path)
+
+
+def test_decoder_undoes_the_scaling_and_truncates(folder, tiny_vae):
+    drawn = jnp.asarray(np.random.default_rng(0).normal(size=(3, *SHAPE)), jnp.float32)
+    vae = vae_interop.load(str(tiny_vae.folder))
+    images = np.asarray(latents.decoder(config(folder))(drawn))
+    expected = np.clip((np.asarray(vae.decode(drawn / 0.5)) + 1) / 2 * 255, 0, 255)
+    assert (images.shape, images.dtype) == ((3, 8, 8, 3), np.uint8)
+    assert (images == np.floor(expected)).mean() > 0.99
+    assert np.abs(images - np.floor(expected)).max() <= 1
+    # without the latents, from the VAE that the config names
+    np.testing.assert_array_equal(latents.decoder(config("", vae=str(tiny_vae.folder)))(drawn), images)
+
+
+def test_decoder_of_another_scaling(folder, tiny_vae, tmp_path):
+    other = shutil.copytree(tiny_vae.folder, tmp_path / "vae")
+    values = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(values | {"scaling_factor": 0.18215}))
+    with pytest.raises(UserError, match=r"has scaling_factor=0.18215, but the latents in .* scaling_factor=0.5"):
+        latents.decoder(config(folder, vae=str(other)))
+    with pytest.raises(UserError, match=r"neither data.vae nor data.path"):
+        latents.decoder(config(""))
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((8, 4, 4), np.float32)[:7], "not moments"),
+        (np.full((8, 4, 4), -1, np.float32), "no standard deviation"),
+        (np.zeros((8, 6, 6), np.float32), "have shape"),
+        (b"no array", "skipped"),
+    ],
+)
+def test_damaged_moments_are_skipped_and_listed(array, message, moments, tiny_vae, tmp_path):
+    source = shutil.copytree(moments[0], tmp_path / "edm2")
+    if isinstance(array, bytes):
+        (source / "005.npy").write_bytes(array)
+    else:
+        np.save(source / "005.npy", array)
+    report = prepare_moments((source,), tiny_vae, tmp_path / "out")
+    assert [name for name, _ in report.skipped] == [str(source / "005.npy")]
+    assert message in report.skipped[0][1] or message == "skipped"
+    manifest = shards.read_manifest(tmp_path / "out")
+    assert (manifest.examples, manifest.skipped) == (EXAMPLES - 1, tuple(report.skipped))
+    np.testing.assert_array_equal(
+        latents.load(config(tmp_path / "out")).source.read_batch(range(10))["label"], np.delete(moments[3], 5)
+    )
+
+
+def test_folder_with_other_settings_or_files(moments, tiny_vae, folder, tmp_path):
+    with pytest.raises(UserError, match=r"dtype='float16', before 'float32'"):
+        prepare_moments(moments, tiny_vae, folder, "float16")
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"is not empty and holds no latents"):
+        prepare_moments(moments, tiny_vae, tmp_path)
+
+
+def test_moments_folder_errors(tmp_path):
+    with pytest.raises(UserError, match=r"has no dataset\.json"):
+        MomentsFolder(str(tmp_path))
+    for text in ('{"labels": null}', "nothing", "[]"):
+        (tmp_path / "dataset.json").write_text(text)
+        with pytest.raises(UserError, match=r"does not hold"):
+            MomentsFolder(str(tmp_path))
+    (tmp_path / "dataset.json").write_text('{"labels": []}')
+    with pytest.raises(UserError, match=r"lists no example"):
+        MomentsFolder(str(tmp_path))
+    (tmp_path / "dataset.json").write_text('{"labels": [["absent.npy", 0]]}')
+    with pytest.raises(UserError, match=r"absent\.npy, the first of .* cannot be read"):
+        MomentsFolder(str(tmp_path))

@@ -1,0 +1,1 @@
+from tests.fixtures import tiny_vae  # noqa: F401

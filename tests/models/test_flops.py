@@ -1,0 +1,55 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from sra_jax.alignment import Head
+from sra_jax.models.flops import block_flops, forward_flops, head_flops, train_step_flops
+from sra_jax.models.transformer import Transformer, TransformerConfig
+from sra_jax.training.compiled import Program
+
+SMALL = TransformerConfig(
+    input_size=16, channels=4, output_channels=4, num_classes=10, patch=2, depth=3, width=64, heads=4
+)
+
+
+def compiled_flops(fun, *arguments):
+    return Program(jax.jit(fun).lower(*arguments).compile().as_text()).cost().flops
+
+
+@pytest.mark.parametrize("stop", [None, 2])
+def test_forward_pass_against_the_compiled_program(stop):
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: Transformer(SMALL, rngs=nnx.Rngs(0))))
+    inputs = [
+        jax.ShapeDtypeStruct(shape, dtype)
+        for shape, dtype in (((2, 16, 16, 4), jnp.float32), ((2,), jnp.float32), ((2,), jnp.int32))
+    ]
+    taps = () if stop is None else (stop,)
+
+    def forward(params, x, t, y):
+        return nnx.merge(graphdef, params)(x, t, y, taps=taps, stop=stop)
+
+    assert compiled_flops(forward, params, *inputs) == pytest.approx(2 * forward_flops(SMALL, stop), rel=1e-6)
+
+
+def test_head_against_the_compiled_program():
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: Head(SMALL, rngs=nnx.Rngs(0))))
+    tokens = jax.ShapeDtypeStruct((2, 64, 64), jnp.float32)
+    found = compiled_flops(lambda p, x: nnx.merge(graphdef, p)(x), params, tokens)
+    assert found == pytest.approx(2 * head_flops(SMALL), rel=1e-6)
+
+
+def test_xl_is_as_large_as_published():
+    """DiT-XL/2 at 256x256: 118.6 GFLOPs (Peebles and Xie, 2023, table 4), which count a multiply-add once."""
+    xl = TransformerConfig(input_size=32, channels=4, output_channels=4, num_classes=1000, patch=2, depth=28,
+                           width=1152, heads=16)  # fmt: skip
+    assert forward_flops(xl) / 2 == pytest.approx(118.6e9, rel=2e-3)
+    from configs import sit_xl2
+    from sra_jax import config as config_lib
+
+    step = train_step_flops(xl, config_lib.alignment_of(sit_xl2.get_config()), 256)
+    assert step.teacher / 256 == pytest.approx(20 / 28 * forward_flops(xl), rel=1e-3)
+    assert step.student / 256 == pytest.approx(3 * forward_flops(xl), rel=1e-3)
+    np.testing.assert_allclose(train_step_flops(xl, None, 256).total, step.student)
+    assert block_flops(xl) * 28 < forward_flops(xl)

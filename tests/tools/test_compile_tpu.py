@@ -1,0 +1,70 @@
+import importlib.util
+import json
+
+import pytest
+
+from sra_jax.errors import UserError
+from sra_jax.training.chips import parse_slice
+from tests.conftest import TINY_DIGITS, run
+
+HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
+needs_libtpu = pytest.mark.skipif(not HAS_LIBTPU, reason="libtpu is not installed: pip install 'jax[tpu]'")
+SMALL = (*TINY_DIGITS, "--config.dtype=bfloat16", "--config.batch_size=64")
+
+
+@needs_libtpu
+def test_report_of_a_train_step(tmp_path):
+    path = tmp_path / "report.json"
+    done = run("tools/compile_tpu.py", *SMALL, "--topology=v5e:2x2", "--config.mesh.fsdp=4", f"--json={path}")
+    assert done.stdout.splitlines()[-1] == "fits: yes"
+    report = json.loads(path.read_text())
+    assert report["devices"] == 4
+    assert report["mesh"] == {"data": 1, "fsdp": 4, "model": 1}
+    assert report["unknown_loops"] == 0
+    # the recipe rematerialises every block: one forward pass more than the model's arithmetic
+    assert 1.1 < report["flops"] / report["model_flops"]["total"] < 1.35
+    assert report["sent_bytes"]["all-gather"] > 0
+    assert report["peak_bytes"] == sum(report["memory_bytes"].values()) < report["hbm_bytes"]
+
+
+@needs_libtpu
+def test_what_does_not_fit():
+    """All 32,768 examples at once on one small chip."""
+    done = run(
+        "tools/compile_tpu.py", *SMALL, "--topology=v5e:1x1", "--config.batch_size=131072",
+        "--config.model.remat=none", "--config.model.width=256", code=3,
+    )  # fmt: skip
+    assert done.stdout.splitlines()[-1] == "fits: no"
+
+
+@pytest.mark.skipif(HAS_LIBTPU, reason="libtpu is installed")
+def test_without_libtpu_it_says_how_to_get_it():
+    done = run("tools/compile_tpu.py", *SMALL, "--topology=v5e:2x2", code=2)
+    assert "pip install 'libtpu==" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_lowering_for_cuda():
+    done = run("tools/compile_tpu.py", *SMALL, "--platform=cuda", "--devices=4", "--config.mesh.fsdp=2")
+    assert "lowered for 4 GPU(s)" in done.stdout
+    assert "mesh              data=2, fsdp=2, model=1" in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("fits: unknown")
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "size"),
+    [
+        ("v5e:4x4", "v5e:4x4", 16), ("v5e-16", "v5e:4x4", 16), ("v5e-256", "v5e:16x16", 256), ("v4-8", "v4:2x2x1", 4),
+        ("v4-32", "v4:2x2x4", 16), ("v5p-16", "v5p:2x2x2", 8), ("v6e-16", "v6e:4x4", 16),
+    ],
+)  # fmt: skip
+def test_slices(text, name, size):
+    """Accelerator names of v4 and v5p count cores, of which a chip has two."""
+    wanted = parse_slice(text)
+    assert (wanted.name, wanted.size) == (name, size)
+
+
+@pytest.mark.parametrize("text", ["v9:4x4", "v5e", "v5e-17", "4x4"])
+def test_unknown_slices(text):
+    with pytest.raises(UserError, match="allowed"):
+        parse_slice(text)

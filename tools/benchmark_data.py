@@ -1,0 +1,189 @@
+"""Measure reading prepared latents and encoding images, each against its counterpart in the PyTorch world.
+
+  # latents: shards against a loop over one .npy file an example, alternating, warm and (as root, on Linux) cold
+  python tools/benchmark_data.py --job=read --folder=/tmp/benchmark --examples=8192
+
+  # encoding: our autoencoder against diffusers' (needs torch and diffusers; weights are random, sizes are SD's)
+  python tools/benchmark_data.py --job=encode --folder=/tmp/benchmark
+
+The data that is made in --folder is kept and used again. Every figure is the best and the median of --rounds rounds, in
+which the contestants take turns.
+"""
+
+import json
+import os
+import pathlib
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict
+
+from sra_jax import cli
+from sra_jax.data import latents
+from sra_jax.data.moments import MomentsFolder
+from sra_jax.data.preparation import MomentsCopier, prepare
+from sra_jax.errors import UserError
+from sra_jax.interop import autoencoder
+from sra_jax.models.autoencoder import AutoencoderConfig
+
+FLAGS = flags.FLAGS
+flags.DEFINE_enum("job", "read", ["read", "encode"], "What to measure.")
+flags.DEFINE_string("folder", None, "Where test data is made, on the disk that is measured.")
+flags.DEFINE_integer("examples", 8192, "read: examples, with 32x32x4 means and standard deviations.")
+flags.DEFINE_integer("shard_size", 4096, "read: examples a shard.")
+flags.DEFINE_integer("batch_size", 256, "Examples a batch (read), images (encode: 4 is enough).")
+flags.DEFINE_integer("image_size", 256, "encode: side of the images.")
+flags.DEFINE_integer("rounds", 5, "How often each contestant runs.")
+
+
+def race(contestants: dict[str, Callable[[], None]], items: int, before: Callable[[], None] = lambda: None) -> None:
+    """Run all contestants in turn --rounds times and print items a second of each."""
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(FLAGS.rounds):
+        for name, run in contestants.items():
+            before()
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    baseline = statistics.median(next(iter(seconds.values())))
+    for name, times in seconds.items():
+        median = statistics.median(times)
+        print(f"  {name:34s} {items / median:9.2f}/s, best {items / min(times):9.2f}/s, {baseline / median:5.2f}x")
+
+
+def drop_caches() -> None:
+    """Empty Linux's page cache."""
+    os.sync()
+    pathlib.Path("/proc/sys/vm/drop_caches").write_text("3")
+
+
+def read() -> None:
+    """Shards against .npy files."""
+    folder = pathlib.Path(FLAGS.folder)
+    npy = folder / f"npy{FLAGS.examples}"
+    rng = np.random.default_rng(0)
+    names = [f"{i // 1000:05d}/img-mean-std-{i:08d}.npy" for i in range(FLAGS.examples)]
+    if not (npy / "dataset.json").exists():
+        for name in names:
+            (npy / name).parent.mkdir(parents=True, exist_ok=True)
+            np.save(npy / name, np.abs(rng.standard_normal((8, 32, 32), np.float32)))
+        labels = [[name, i % 1000] for i, name in enumerate(names)]
+        (npy / "dataset.json").write_text(json.dumps({"labels": labels}))
+    order = rng.permutation(FLAGS.examples)
+    batches = [order[i : i + FLAGS.batch_size] for i in range(0, FLAGS.examples, FLAGS.batch_size)]
+
+    def npy_loop() -> None:
+        for batch in batches:
+            np.stack([np.load(npy / names[i]) for i in batch])
+
+    contestants: dict[str, Callable[[], None]] = {"loop over .npy files": npy_loop}
+    for dtype in ("float32", "float16"):
+        output = folder / f"shards{FLAGS.examples}-{FLAGS.shard_size}-{dtype}"
+        source = MomentsFolder(str(npy))
+        config = AutoencoderConfig()
+        prepare(
+            source,
+            MomentsCopier(source, config),
+            str(output),
+            source_name="benchmark",
+            vae_name=autoencoder.DEFAULT_VAE,
+            vae_fingerprint=None,
+            vae_config=config,
+            dtype=dtype,
+            batch_size=256,
+            shard_size=FLAGS.shard_size,
+        )
+        data = ConfigDict(
+            {"path": str(output), "image_size": 32, "channels": 4, "num_classes": source.num_classes, "vae": ""}
+        )
+        loaded = latents.load(data).source
+
+        def one_by_one(examples: latents.LatentSource = loaded) -> None:
+            for batch in batches:
+                read = [examples[i] for i in batch]
+                for key in ("mean", "std", "label"):
+                    np.stack([example[key] for example in read])
+
+        def in_batches(examples: latents.LatentSource = loaded) -> None:
+            for batch in batches:
+                examples.read_batch(batch)
+
+        contestants[f"{dtype} shards, read_batch"] = in_batches
+        contestants[f"{dtype} shards, one by one"] = one_by_one
+    print(f"reading and batching {FLAGS.examples} examples in random order, one process, page cache warm")
+    for run in contestants.values():
+        run()
+    race(contestants, FLAGS.examples)
+    try:
+        drop_caches()
+    except OSError as error:
+        print(f"page cache cold: not measured, it cannot be emptied ({error})")
+        return
+    print("the same, page cache emptied before each round")
+    race(contestants, FLAGS.examples, drop_caches)
+
+
+def encode() -> None:
+    """Our encoder against diffusers'."""
+    try:
+        import torch
+        from diffusers import AutoencoderKL
+    except ImportError as error:
+        raise UserError(f"--job=encode compares with diffusers: pip install torch diffusers ({error})") from error
+    from sklearn.datasets import load_sample_images
+
+    from sra_jax.data.images import centre_crop, read_image
+
+    folder = str(pathlib.Path(FLAGS.folder) / "vae")
+    if not os.path.isdir(folder):
+        torch.manual_seed(0)
+        AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            layers_per_block=2,
+        ).save_pretrained(folder)
+    photos = [np.asarray(centre_crop(read_image(p), FLAGS.image_size)) for p in load_sample_images().images]
+    count = FLAGS.batch_size if FLAGS["batch_size"].present else 4
+    images = (np.stack([photos[i % 2] for i in range(count)]) / 127.5 - 1.0).astype(np.float32)
+    ours = autoencoder.load(folder)
+    on_device = jax.device_put(images)
+    theirs = AutoencoderKL.from_pretrained(folder, low_cpu_mem_usage=False).eval()
+    theirs_last = AutoencoderKL.from_pretrained(folder, low_cpu_mem_usage=False).eval()
+    theirs_last = theirs_last.to(memory_format=torch.channels_last)
+    first = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+    last = first.to(memory_format=torch.channels_last)
+
+    def run_theirs(model: AutoencoderKL, batch: torch.Tensor) -> np.ndarray:
+        with torch.inference_mode():
+            return model.encode(batch).latent_dist.mean.numpy()
+
+    mean = np.moveaxis(run_theirs(theirs, first), 1, -1)
+    difference = np.abs(np.asarray(ours.encode(on_device)[0]) - mean).max() / np.abs(mean).max()
+    print(f"encoding {count} images of {FLAGS.image_size} pixels in float32; means differ by {difference:.1e} relative")
+    race(
+        {
+            "diffusers": lambda: run_theirs(theirs, first),
+            "diffusers, channels last": lambda: run_theirs(theirs_last, last),
+            "sra_jax": lambda: jax.block_until_ready(ours.encode(on_device)),
+        },
+        count,
+    )
+
+
+def main() -> None:
+    """Run the job."""
+    if not FLAGS.folder:
+        raise UserError("--folder is missing: where test data is made")
+    {"read": read, "encode": encode}[FLAGS.job]()
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,180 @@
+"""Compile a recipe for a TPU slice on a machine without a TPU, and say whether it fits and what it would take.
+
+    python tools/compile_tpu.py --config=configs/sit_xl2.py --topology=v5e:4x4
+    python tools/compile_tpu.py --config=configs/sit_xl2.py --topology=v5e-256 --config.mesh.fsdp=16 --json=report.json
+    python tools/compile_tpu.py --config=configs/sit_xl2.py --topology=v5e:4x4 --search --results=compiled
+    python tools/compile_tpu.py --config=configs/sit_xl2.py --topology=v6e:2x2 --sample --config.batch_size=64
+    python tools/compile_tpu.py --table --results=compiled
+    python tools/compile_tpu.py --config=configs/sit_xl2.py --platform=cuda --devices=8
+
+The train step, or with --sample the sampler for batch_size images, is built by the functions that main.py uses and
+compiled by libtpu (pip install of the version that the installed JAX names; --help works without). No data is needed:
+where data.path is empty, random latents of the recipe's shape stand in. Memory and operations are the compiler's; times
+are estimates from the chip's published rates.
+
+--search tries meshes, remat policies and accumulations, stops refining a mesh and policy once it fits, and prints the
+fastest that fits. --table compiles every recipe of --recipes for every slice of --slices, each with --fsdp=auto: the
+smallest fsdp of 1, 4, 16, 64 at which the state takes at most a third of the chip's memory, and the first accumulation
+of 1, 2, 4 that fits. --results keeps a JSON file of each compilation and reads it again next time, so that a table
+can be made in pieces.
+
+--platform=cuda lowers the step for CUDA, which is as far as one gets without a GPU: layouts, FLOPs and state are
+checked, memory is not.
+
+Exit codes: 0 fits (or lowered), 2 bad input, 3 does not fit.
+"""
+
+import hashlib
+import importlib
+import json
+import os
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+os.environ["JAX_PLATFORMS"] = "cpu"  # nothing is run, and JAX must not look for a TPU
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from sra_jax import cli
+from sra_jax import config as config_lib
+from sra_jax.errors import UserError
+from sra_jax.models.flops import train_step_flops
+from sra_jax.training import chips, compile_report
+
+FLAGS = flags.FLAGS
+EXIT_DOES_NOT_FIT = 3
+SLICES = ("v4-8", "v4-32", "v5e-16", "v5e-256", "v5p-16", "v6e-16")
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe: configs/NAME.py, or configs/NAME.py:VARIANT.")
+flags.DEFINE_string("topology", "v5e:4x4", "Slice to compile for: v5e:4x4, v4:2x2x4, v5e-256, v4-8, ...")
+flags.DEFINE_enum("platform", "tpu", ["tpu", "cuda"], "What to compile, or (cuda) lower, for.")
+flags.DEFINE_integer("devices", 8, "Number of GPUs with --platform=cuda.", lower_bound=1)
+flags.DEFINE_bool("sample", False, "Compile the sampler instead of the train step.")
+flags.DEFINE_bool("search", False, "Try meshes, remat policies and accumulations; print the fastest that fits.")
+flags.DEFINE_bool("table", False, "Every recipe of --recipes for every slice of --slices, as a Markdown table.")
+flags.DEFINE_list("recipes", None, "Names of configs/ for --table; by default all SiT and DiT recipes.")
+flags.DEFINE_list("slices", list(SLICES), "Slices for --table.")
+flags.DEFINE_string("results", None, "Folder that keeps a JSON file of each compilation, to be read again next time.")
+flags.DEFINE_string("json", None, "File to write the report, or the list of reports, to.")
+
+
+def main() -> int:
+    """Dispatch on the flags."""
+    if FLAGS.table:
+        reports = [entry(name, slice_) for name in recipes() for slice_ in FLAGS.slices]
+        write_json(reports)
+        print(compile_report.table(reports))
+        return 0
+    config = config_lib.from_flag(CONFIG.value)
+    if FLAGS.platform == "cuda":
+        return lower_for_cuda(config)
+    wanted = chips.parse_slice(FLAGS.topology)
+    if FLAGS.search:
+        report = search(config, wanted)
+    else:
+        report = compiled(config, wanted)
+        write_json(report)
+    print(compile_report.describe(report))
+    return 0 if report["fits"] else EXIT_DOES_NOT_FIT
+
+
+def compiled(config: ConfigDict, wanted: chips.Slice) -> compile_report.Report:
+    """The report of one compilation, from --results where it is there already."""
+    if not FLAGS.results:
+        return compile_report.compile_for(config, wanted, FLAGS.sample)
+    key = json.dumps([config.to_dict(), wanted.name, FLAGS.sample, jax.__version__], sort_keys=True, default=str)
+    name = f"{config.name}_{wanted.name.replace(':', '_')}_{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
+    path = pathlib.Path(FLAGS.results) / name
+    if path.exists():
+        return json.loads(path.read_text())
+    report = compile_report.compile_for(config, wanted, FLAGS.sample)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(report, indent=2))
+    os.replace(part, path)
+    return report
+
+
+def search(config: ConfigDict, wanted: chips.Slice) -> compile_report.Report:
+    """The fastest setting that fits, each tried setting printed; the last one tried where none fits."""
+    reports, done = [], set()
+    for values in compile_report.settings(config, wanted.size):
+        group = tuple((k, v) for k, v in values.items() if k != "accumulation")
+        if group in done or not compile_report.possible(config, values, wanted.size):
+            continue
+        report = compiled(compile_report.with_settings(config, values), wanted)
+        reports.append(report)
+        shown = ", ".join(f"{key}={value}" for key, value in values.items())
+        if report["fits"]:
+            done.add(group)  # more accumulation only costs time
+            print(f"{shown}: {report['step_seconds']['in_turn'] * 1e3:.1f} ms, "
+                  f"{compile_report.megabytes(report['peak_bytes'])}", flush=True)  # fmt: skip
+        else:
+            print(f"{shown}: does not fit", flush=True)
+    if not reports:
+        raise UserError(f"no mesh of {wanted.size} devices suits batch_size={config.batch_size}; change batch_size")
+    write_json(reports)
+    fitting = [report for report in reports if report["fits"]]
+    if fitting:
+        print("fastest that fits:")
+    return min(fitting, key=lambda r: r["step_seconds"]["in_turn"]) if fitting else reports[-1]
+
+
+def recipes() -> list[str]:
+    """Names of the recipes of the table."""
+    folder = pathlib.Path(__file__).resolve().parents[1] / "configs"
+    known = sorted(path.stem for path in folder.glob("[sd]it_*.py"))
+    chosen = FLAGS.recipes or known
+    if unknown := set(chosen) - set(known):
+        raise UserError(f"--recipes={','.join(sorted(unknown))}: there is no such recipe; allowed: {', '.join(known)}")
+    return chosen
+
+
+def entry(name: str, slice_name: str) -> compile_report.Report:
+    """One row of the table."""
+    wanted = chips.parse_slice(slice_name)
+    config = importlib.import_module(f"configs.{name}").get_config()
+    report = None
+    for values in compile_report.modest_settings(config, wanted):
+        report = compiled(compile_report.with_settings(config, values), wanted)
+        if report["fits"]:
+            break
+    if report is None:
+        raise UserError(f"configs/{name}.py: batch_size={config.batch_size} cannot be split over {slice_name}")
+    print(f"{name} {slice_name}: {'fits' if report['fits'] else 'does not fit'}", file=sys.stderr, flush=True)
+    return report | {"slice": slice_name}
+
+
+def lower_for_cuda(config: ConfigDict) -> int:
+    """Lower the train step for CUDA and say what can be known without a GPU."""
+    jax.config.update("jax_num_cpu_devices", FLAGS.devices)
+    config = compile_report.without_data(config)
+    config_lib.check(config, FLAGS.devices)
+    program, text = compile_report.lower_for_platform(config, jax.devices(), "cuda")
+    flops = train_step_flops(config_lib.transformer_of(config), config_lib.alignment_of(config), config.batch_size)
+    state = compile_report.state_bytes(program)
+    print(
+        f"{config.name}, train_step, lowered for {FLAGS.devices} GPU(s): {text.count(chr(10)):,} lines of StableHLO\n"
+        f"mesh              {', '.join(f'{axis}={size}' for axis, size in program.mesh.shape.items())}\n"
+        f"state on a device {', '.join(f'{k} {compile_report.megabytes(v)}' for k, v in state.items())}\n"
+        f"FLOPs a device    {flops.total / FLAGS.devices:.4e} analytic\n"
+        "fits: unknown (XLA compiles for CUDA only where there is a GPU)"
+    )
+    write_json({"recipe": config.name, "platform": "cuda", "devices": FLAGS.devices, "state_bytes": state,
+                "model_flops": flops.total / FLAGS.devices})  # fmt: skip
+    return 0
+
+
+def write_json(content: object) -> None:
+    """To --json, whole or not at all."""
+    if FLAGS.json:
+        part = pathlib.Path(f"{FLAGS.json}.part")
+        part.write_text(json.dumps(content, indent=2) + "\n")
+        os.replace(part, FLAGS.json)
+
+
+if __name__ == "__main__":
+    cli.run(main)
