@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from configs import common
 from sra_jax.errors import UserError
@@ -84,7 +85,8 @@ def without(name):
         (without("ap_head.linear2.bias"), "auto", 4, r"missing: ap_head\.linear2\.bias$"),
         (without("pos_embed"), "auto", 4, "no tensor pos_embed"),
         (without("final_layer.linear.weight"), "auto", 4, "no tensor final_layer.linear.weight"),
-        (lambda s: s.update({"blocks.0.attn.q_norm.weight": (8,)}), "auto", 4, r"unknown: blocks\.0\.attn\.q_norm\.weight"),
+        (lambda s: s.update({"blocks.0.attn.q_norm.weight": (8,)}), "auto", 4,
+         r"unknown: blocks\.0\.attn\.q_norm\.weight"),
         (lambda s: s.update({"blocks.2.mlp.fc2.bias": (33,)}), "auto", 4,
          r"wrong shape: blocks\.2\.mlp\.fc2\.bias \(33,\) instead of \(32,\)"),
         (lambda s: s.update({"final_layer.linear.weight": (24, 32)}), "auto", 4, "6 output channels for 4"),
@@ -121,15 +123,14 @@ def test_names_shapes_and_bits_round_trip(outputs, head):
 @pytest.mark.parametrize("outputs", [4, 8])
 def test_original_sit_runs_backwards_in_time(outputs):
     """f(x, t) = -g(x, 1 - t), first C channels: the changed weights against the file's own, in the same network."""
-    from flax import nnx
-
     tensors = random_tensors(1, outputs=outputs, head=False)
     theirs = describe(header(outputs, head=False), "sit_original", 4, common.SIZES).network
     ours = dataclasses.replace(theirs, output_channels=theirs.channels)
 
     def predict(network, tensors, x, t, y):
         params = jax.tree.map(jnp.asarray, params_from_pytorch(tensors, network.heads)["model"])
-        return nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: Transformer(network, rngs=nnx.Rngs(0)))), params)(x, t, y)[0]
+        graph = nnx.graphdef(nnx.eval_shape(lambda: Transformer(network, rngs=nnx.Rngs(0))))
+        return nnx.merge(graph, params)(x, t, y)[0]
 
     generator = np.random.default_rng(2)
     x = jnp.asarray(generator.standard_normal((5, 8, 8, 4)), jnp.float32)
