@@ -7,7 +7,7 @@ import ctypes
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,9 @@ from sra_jax.training.checkpoints import TREES
 from sra_jax.training.loop import CONFIG
 from sra_jax.training.state import Networks, make_optimizer
 
+READ_TOGETHER = 4
+"""Tensors that are read from one opening of the file: more are faster, fewer take less memory."""
+
 WRITING_GIGABYTES = 1
 """What orbax may hold in memory beside the tree that it writes."""
 
@@ -39,13 +42,18 @@ def read_tree(file: TensorFile, group: str, contents: Contents) -> Tree:
     """
     network, tree = contents.network, {}
     for path, names in leaves(network.depth, contents.head):
-        tensors = file.read(group, names)
+        tensors = _read_few(file, group, names)
         if contents.family == "sit_original":
-            tensors = [from_original_sit(name, t, network) for name, t in zip(names, tensors, strict=True)]
-        insert(tree, path, jax.numpy.asarray(leaf_from_pytorch(path, tensors, network.heads)))
-        del tensors
+            tensors = (from_original_sit(name, t, network) for name, t in zip(names, tensors, strict=True))
+        insert(tree, path, jax.numpy.asarray(leaf_from_pytorch(path, tensors, network.depth, network.heads)))
         _return_memory()
     return tree
+
+
+def _read_few(file: TensorFile, group: str, names: Sequence[str]) -> Iterator[np.ndarray]:
+    """The tensors one after the other, read a few at a time."""
+    for first in range(0, len(names), READ_TOGETHER):
+        yield from file.read(group, names[first : first + READ_TOGETHER])
 
 
 def check_config(config: ConfigDict, contents: Contents) -> None:
