@@ -3,9 +3,11 @@
 Nothing is held in memory whole but one of the four trees of a run at a time: parameters, EMA, AdamW's two moments.
 """
 
+import ctypes
 import os
 import shutil
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,9 @@ from sra_jax.training.checkpoints import TREES
 from sra_jax.training.loop import CONFIG
 from sra_jax.training.state import Networks, make_optimizer
 
+READ_TOGETHER = 4
+"""Tensors that are read from one opening of the file: more are faster, fewer take less memory."""
+
 WRITING_GIGABYTES = 1
 """What orbax may hold in memory beside the tree that it writes."""
 
@@ -37,11 +42,18 @@ def read_tree(file: TensorFile, group: str, contents: Contents) -> Tree:
     """
     network, tree = contents.network, {}
     for path, names in leaves(network.depth, contents.head):
-        tensors = file.read(group, names)
+        tensors = _read_few(file, group, names)
         if contents.family == "sit_original":
-            tensors = [from_original_sit(name, t, network) for name, t in zip(names, tensors, strict=True)]
-        insert(tree, path, jax.numpy.asarray(leaf_from_pytorch(path, tensors, network.heads)))
+            tensors = (from_original_sit(name, t, network) for name, t in zip(names, tensors, strict=True))
+        insert(tree, path, jax.numpy.asarray(leaf_from_pytorch(path, tensors, network.depth, network.heads)))
+        _return_memory()
     return tree
+
+
+def _read_few(file: TensorFile, group: str, names: Sequence[str]) -> Iterator[np.ndarray]:
+    """The tensors one after the other, read a few at a time."""
+    for first in range(0, len(names), READ_TOGETHER):
+        yield from file.read(group, names[first : first + READ_TOGETHER])
 
 
 def check_config(config: ConfigDict, contents: Contents) -> None:
@@ -144,8 +156,16 @@ def write_run(workdir: Path, config: ConfigDict, step: int, trees: Mapping[str, 
     with ocp.Checkpointer(ocp.StandardCheckpointHandler(save_concurrent_gb=WRITING_GIGABYTES)) as writer:
         for name, make in trees.items():
             writer.save(folder / str(step) / name, args=ocp.args.StandardSave(make()))
+            _return_memory()
     (part / CONFIG).write_text(config_lib.to_json(config) + "\n")
     os.replace(part, workdir)
+
+
+def _return_memory() -> None:
+    """Give freed memory back to the system: glibc keeps what many pieces of some megabytes leave."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def export_checkpoint(workdir: Path, step: int | None, weights: str, output: Path) -> tuple[int, bool]:

@@ -4,7 +4,7 @@ Arrays only: nothing here needs PyTorch. Linear weights are (out, in) there and 
 there and stacked along a leading depth axis here.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -93,17 +93,20 @@ def leaves(depth: int, head: bool) -> Iterator[tuple[str, list[str]]]:
             yield f"model/blocks/{path}/{ours}", [f"blocks.{i}.{theirs}.{name}" for i in range(depth)]
 
 
-def leaf_from_pytorch(path: str, tensors: Sequence[np.ndarray], heads: int) -> np.ndarray:
-    """The leaf at `path`, in our layout, of the tensors that `leaves` names for it."""
+def leaf_from_pytorch(path: str, tensors: Iterable[np.ndarray], depth: int, heads: int) -> np.ndarray:
+    """The leaf at `path`, in our layout, of the tensors that `leaves` names for it; they are taken one by one."""
     parent, _, ours = path.rpartition("/")
+    tensors = iter(tensors)
+    first = next(tensors)
     if ours == "embedding":
-        return tensors[0]
+        return first
     name = "weight" if ours == "kernel" else "bias"
+    first = _to_ours(parent, name, first, heads)
     if not parent.startswith("model/blocks/"):
-        return _to_ours(parent, name, tensors[0], heads)
-    first = _to_ours(parent, name, tensors[0], heads)
-    stacked = np.empty((len(tensors), *first.shape), first.dtype)
-    for i, tensor in enumerate(tensors):
+        return first
+    stacked = np.empty((depth, *first.shape), first.dtype)
+    stacked[0] = first
+    for i, tensor in enumerate(tensors, start=1):
         stacked[i] = _to_ours(parent, name, tensor, heads)
     return stacked
 
@@ -124,8 +127,9 @@ def params_from_pytorch(tensors: Mapping[str, np.ndarray], heads: int) -> Tree:
       KeyError: a tensor is missing.
     """
     tree: Tree = {}
-    for path, names in leaves(depth_of(tensors), has_head(tensors)):
-        insert(tree, path, leaf_from_pytorch(path, [tensors[name] for name in names], heads))
+    depth = depth_of(tensors)
+    for path, names in leaves(depth, has_head(tensors)):
+        insert(tree, path, leaf_from_pytorch(path, (tensors[name] for name in names), depth, heads))
     return tree
 
 

@@ -1,0 +1,142 @@
+"""What a file is said to be, from the names and shapes of its tensors."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from configs import common
+from sra_jax.errors import UserError
+from sra_jax.interop.families import describe, from_original_sit
+from sra_jax.interop.pytorch import expected_shapes, params_from_pytorch, pytorch_from_params
+from sra_jax.models.transformer import Transformer, TransformerConfig
+from tests.interop.random_tensors import TINY, random_tensors, shapes
+
+
+@dataclasses.dataclass
+class Header:
+    """A file of which only the header exists: enough to say what it is, whatever its size."""
+
+    shapes: dict
+    path: Path = Path("weights.pt")
+    arguments: dict = dataclasses.field(default_factory=dict)
+    groups = ("params",)
+    step = moment_step = 0
+
+
+def header(outputs=4, head=True, path="weights.pt", arguments=None, **size):
+    return Header(shapes(outputs=outputs, head=head, **(TINY | size)), Path(path), arguments or {})
+
+
+@pytest.mark.parametrize("image_size", [256, 512])
+@pytest.mark.parametrize("size", common.SIZES)
+@pytest.mark.parametrize(
+    ("family", "outputs", "head", "asked"),
+    [("sit", 4, True, "auto"), ("sit", 4, False, "auto"), ("dit", 8, True, "auto"), ("dit", 8, False, "dit"),
+     ("sit_original", 8, False, "sit_original")],
+)  # fmt: skip
+def test_every_family_and_size(family, outputs, head, asked, size, image_size):
+    facts = common.SIZES[size]
+    given = header(outputs, head, input_size=image_size // 8, classes=1000, depth=facts["depth"], width=facts["width"])
+    contents = describe(given, asked, None, common.SIZES)
+    assert (contents.family, contents.head, contents.dropped) == (family, head, ())
+    assert contents.network == TransformerConfig(
+        input_size=image_size // 8, channels=4, output_channels=outputs, num_classes=1000, patch=2, **facts
+    )
+
+
+@pytest.mark.parametrize(("patch", "input_size"), [(2, 8), (4, 16), (8, 32)])
+def test_patch_and_resolution_come_from_the_tensors(patch, input_size):
+    network = describe(header(patch=patch, input_size=input_size), "auto", 4, common.SIZES).network
+    assert (network.patch, network.input_size) == (patch, input_size)
+
+
+def test_what_else_tells_dit_from_the_original_sit():
+    def family(**given):
+        return describe(header(8, head=False, **given), "auto", 4, common.SIZES).family
+
+    assert family(path="DiT-XL-2-256x256.pt") == "dit"
+    assert family(path="SiT-XL-2-256x256.pt") == "sit_original"
+    assert family(path="SiT-XL-2-256x256.pt", arguments={"model": "DiT-XL/2"}) == "dit"
+    with pytest.raises(UserError, match=r"very same tensors.*--family=dit or --family=sit_original"):
+        family()
+
+
+def test_projectors_are_dropped():
+    given = header(head=False)
+    given.shapes["projectors.0.0.weight"] = (2048, 32)
+    contents = describe(given, "auto", 4, common.SIZES)
+    assert contents.family == "sit"
+    assert contents.dropped == ("projectors.0.0.weight",)
+
+
+def without(name):
+    return lambda s: s.pop(name)
+
+
+@pytest.mark.parametrize(
+    ("change", "asked", "heads", "message"),
+    [
+        (without("blocks.1.attn.qkv.weight"), "auto", 4, r"missing: blocks\.1\.attn\.qkv\.weight$"),
+        (without("ap_head.linear2.bias"), "auto", 4, r"missing: ap_head\.linear2\.bias$"),
+        (without("pos_embed"), "auto", 4, "no tensor pos_embed"),
+        (without("final_layer.linear.weight"), "auto", 4, "no tensor final_layer.linear.weight"),
+        (lambda s: s.update({"blocks.0.attn.q_norm.weight": (8,)}), "auto", 4,
+         r"unknown: blocks\.0\.attn\.q_norm\.weight"),
+        (lambda s: s.update({"blocks.2.mlp.fc2.bias": (33,)}), "auto", 4,
+         r"wrong shape: blocks\.2\.mlp\.fc2\.bias \(33,\) instead of \(32,\)"),
+        (lambda s: s.update({"final_layer.linear.weight": (24, 32)}), "auto", 4, "6 output channels for 4"),
+        (lambda s: s.update({"pos_embed": (1, 15, 32)}), "auto", 4, "15 tokens, not a square"),
+        (lambda s: None, "dit", 4, "--family=dit does not fit"),
+        (lambda s: None, "auto", None, "give --heads"),
+        (lambda s: None, "auto", 5, "--heads=5 does not divide the width 32"),
+    ],
+)  # fmt: skip
+def test_refusals_name_the_tensor(change, asked, heads, message):
+    given = header()
+    change(given.shapes)
+    with pytest.raises(UserError, match=message):
+        describe(given, asked, heads, common.SIZES)
+
+
+def test_a_model_with_two_heads_of_output_is_not_sra_s_sit():
+    with pytest.raises(UserError, match="--family=sit does not fit"):
+        describe(header(8), "sit", 4, common.SIZES)
+
+
+@pytest.mark.parametrize("outputs", [4, 8])
+@pytest.mark.parametrize("head", [True, False])
+def test_names_shapes_and_bits_round_trip(outputs, head):
+    tensors = random_tensors(0, outputs=outputs, head=head)
+    network = describe(header(outputs, head), "auto" if outputs == 4 else "dit", 4, common.SIZES).network
+    assert expected_shapes(network, head) == {name: tensor.shape for name, tensor in tensors.items()}
+    again = pytorch_from_params(params_from_pytorch(tensors, network.heads), network.channels, network.input_size)
+    assert again.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(again[name], tensor, err_msg=name)
+
+
+@pytest.mark.parametrize("outputs", [4, 8])
+def test_original_sit_runs_backwards_in_time(outputs):
+    """f(x, t) = -g(x, 1 - t), first C channels: the changed weights against the file's own, in the same network."""
+    tensors = random_tensors(1, outputs=outputs, head=False)
+    theirs = describe(header(outputs, head=False), "sit_original", 4, common.SIZES).network
+    ours = dataclasses.replace(theirs, output_channels=theirs.channels)
+
+    def predict(network, tensors, x, t, y):
+        params = jax.tree.map(jnp.asarray, params_from_pytorch(tensors, network.heads)["model"])
+        graph = nnx.graphdef(nnx.eval_shape(lambda: Transformer(network, rngs=nnx.Rngs(0))))
+        return nnx.merge(graph, params)(x, t, y)[0]
+
+    generator = np.random.default_rng(2)
+    x = jnp.asarray(generator.standard_normal((5, 8, 8, 4)), jnp.float32)
+    t, y = jnp.asarray([0.0, 0.04, 0.3, 0.75, 1.0]), jnp.asarray([0, 3, 9, 10, 1])
+    expected = -predict(theirs, tensors, x, 1 - t, y)[..., : theirs.channels]
+    changed = {name: from_original_sit(name, tensor, theirs) for name, tensor in tensors.items()}
+    actual = predict(ours, changed, x, t, y)
+    assert np.abs(np.asarray(expected - predict(theirs, tensors, x, t, y)[..., :4])).max() > 1e-2
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-6 * np.abs(expected).max())

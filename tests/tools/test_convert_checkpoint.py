@@ -1,0 +1,154 @@
+"""tools/convert_checkpoint.py as a user runs it, with safetensors files; .pt files are in tests/parity."""
+
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from sra_jax.evaluation.trained import TrainedModel
+from sra_jax.interop.pytorch import pytorch_from_params
+from tests.conftest import TINY_DIGITS, run
+from tests.interop.random_tensors import random_tensors
+
+TOOL = "tools/convert_checkpoint.py"
+DEMO = tuple(flag for flag in TINY_DIGITS if not flag.startswith("--config.steps"))
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_run, tmp_path_factory):
+    """The tiny run's EMA as a safetensors file."""
+    path = tmp_path_factory.mktemp("exported") / "ema.safetensors"
+    assert "ema of step 24" in run(TOOL, f"--workdir={tiny_run}", "--export=ema", f"--output={path}").stdout
+    return path
+
+
+@pytest.fixture(scope="module")
+def imported(exported, tmp_path_factory):
+    """That file as a run again."""
+    workdir = tmp_path_factory.mktemp("imported") / "run"
+    done = run(TOOL, f"--checkpoint={exported}", f"--workdir={workdir}", *DEMO, "--config.steps=4")
+    assert "sit (1 output channels), 3 blocks, width 32, 2 heads, patch 2" in done.stdout
+    assert "with SRA's head" in done.stdout
+    assert "optimizer state: not in the file" in done.stdout
+    return workdir
+
+
+def assert_trees_equal(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_out_and_in_again_is_bit_for_bit(tiny_run, imported):
+    original = TrainedModel(tiny_run).params
+    for weights in ("ema", "params"):
+        assert_trees_equal(TrainedModel(imported, weights=weights).params, original)
+
+
+def test_exported_names_are_the_authors(tiny_run, exported):
+    tensors = load_file(exported)
+    expected = random_tensors(0, outputs=1, channels=1)
+    assert {name: tensor.shape for name, tensor in tensors.items()} == {
+        name: tensor.shape for name, tensor in expected.items()
+    }
+    np.testing.assert_array_equal(tensors["pos_embed"], expected["pos_embed"])
+
+
+def test_samples_of_both_are_the_same(tiny_run, imported, tmp_path):
+    for name, workdir in (("a", tiny_run), ("b", imported)):
+        run("tools/sample.py", f"--workdir={workdir}", "--num_samples=5", f"--output={tmp_path / name}.npz")
+    a, b = (np.load(tmp_path / f"{name}.npz")["arr_0"] for name in "ab")
+    np.testing.assert_array_equal(a, b)
+
+
+def test_training_goes_on_where_the_file_stopped(imported, tmp_path):
+    """A file without step and optimizer is a run at step 0."""
+    workdir = tmp_path / "run"
+    shutil.copytree(imported, workdir)
+    done = run("main.py", *DEMO, "--config.steps=4", f"--workdir={workdir}")
+    assert f"resuming {workdir} at step 0" in done.stdout
+    assert (workdir / "checkpoints" / "4").is_dir()
+
+
+def test_a_new_run_starts_from_the_ema_of_another(tiny_run, tmp_path):
+    """init_from: the model and the head are the other run's EMA, in student and teacher; a new step 0."""
+    frozen = ("--config.optimizer.learning_rate=1e-30", "--config.ema.decay=1.0", "--config.steps=1")
+    fresh = tmp_path / "fresh"
+    done = run("main.py", *DEMO, *frozen, f"--config.init_from={tiny_run}", f"--workdir={fresh}")
+    assert f"starting from the EMA and its head of step 24 in {tiny_run}" in done.stdout
+    taken = TrainedModel(tiny_run).params
+    assert_trees_equal(TrainedModel(fresh).params, taken)
+    assert_trees_equal(TrainedModel(fresh, weights="params").params, taken)
+
+    wider = ("--config.model.width=64", f"--config.init_from={tiny_run}", f"--workdir={tmp_path / 'wider'}")
+    done = run("main.py", *DEMO, *frozen, *wider, code=2)
+    assert "holds a model of other shapes" in done.stderr
+    assert "model/final/linear/kernel: (32, 4) there, (64, 4) here" in done.stderr
+    missing = (f"--config.init_from={tmp_path / 'none'}", f"--workdir={tmp_path / 'other'}")
+    assert "no run at" in run("main.py", *DEMO, *frozen, *missing, code=2).stderr
+
+
+def test_the_paper_s_recipe_is_chosen_and_resolution_follows_the_file(tmp_path):
+    """Without --config; a size that is none of the paper's, REPA's projectors."""
+    tensors = random_tensors(3, head=False)
+    tensors["projectors.0.0.weight"] = np.zeros((8, 32), np.float32)
+    save_file(tensors, tmp_path / "repa.safetensors")
+    workdir = tmp_path / "run"
+    done = run(TOOL, f"--checkpoint={tmp_path / 'repa.safetensors'}", f"--workdir={workdir}", "--heads=4")
+    assert "left out: 1 tensors of training only, such as projectors.0.0.weight" in done.stdout
+    model = TrainedModel(workdir)
+    assert not model.config.alignment.enabled
+    assert (model.config.data.image_size, model.config.data.num_classes) == (8, 10)
+    for name, tensor in pytorch_from_params(model.params, 4, 8).items():
+        np.testing.assert_array_equal(tensor, tensors[name], err_msg=name)
+
+
+def bad_files(folder):
+    tensors = random_tensors(4)
+    whole = folder / "whole.safetensors"
+    save_file(tensors, whole)
+    changes = {
+        "missing": {k: v for k, v in tensors.items() if k != "blocks.1.mlp.fc1.bias"},
+        "extra": tensors | {"blocks.1.attn.k_norm.weight": np.zeros(8, np.float32)},
+        "misshapen": tensors | {"blocks.1.mlp.fc1.bias": np.zeros(5, np.float32)},
+        "positions": tensors | {"pos_embed": tensors["pos_embed"] + 1},
+        "other": {"encoder.weight": np.zeros((2, 2), np.float32)},
+    }
+    for name, changed in changes.items():
+        save_file(changed, folder / f"{name}.safetensors")
+    (folder / "cut.safetensors").write_bytes(whole.read_bytes()[:-7])
+    (folder / "text.safetensors").write_text("hello")
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "message"),
+    [
+        ("missing", (), "missing: blocks.1.mlp.fc1.bias"),
+        ("extra", (), "unknown: blocks.1.attn.k_norm.weight"),
+        ("misshapen", (), "blocks.1.mlp.fc1.bias (5,) instead of (128,)"),
+        ("positions", (), "pos_embed of params is not the fixed 2-D sin-cos table"),
+        ("other", (), "no tensor x_embedder.proj.weight"),
+        ("cut", (), "not a whole safetensors file"),
+        ("text", (), "not a whole safetensors file"),
+        ("whole", ("--family=dit",), "--family=dit does not fit"),
+        ("whole", ("--config=configs/digits.py",), "the config does not describe the file"),
+        ("whole", ("--export=ema",), "either --checkpoint"),
+    ],
+)
+def test_bad_input_leaves_nothing_behind(tmp_path, name, flags, message):
+    bad_files(tmp_path)
+    workdir = tmp_path / "run"
+    file = f"--checkpoint={tmp_path / name}.safetensors"
+    done = run(TOOL, file, f"--workdir={workdir}", "--heads=4", *flags, code=2)
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not workdir.exists()
+
+
+def test_nothing_is_overwritten(tiny_run, exported):
+    tensors = exported.read_bytes()
+    assert "exists" in run(TOOL, f"--workdir={tiny_run}", "--export=ema", f"--output={exported}", code=2).stderr
+    assert exported.read_bytes() == tensors
+    done = run(TOOL, f"--checkpoint={exported}", f"--workdir={tiny_run}", *DEMO, "--config.steps=4", code=2)
+    assert "exists and is not empty" in done.stderr
