@@ -83,6 +83,7 @@ def define_sampling_flags() -> None:
     flags.DEFINE_string("sampler", None, "Sampler of the run's family, such as sde, ode or heun; default: the run's.")
     flags.DEFINE_string("sampling_steps", None, "Steps of the sampler; default: the run's.")
     flags.DEFINE_float("guidance_scale", None, "At least 1; 1 turns guidance off; default: the run's.")
+    flags.DEFINE_float("eta", None, "DDIM's share of noise, 0 (deterministic) to 1 (as DDPM); default: the run's.")
     flags.DEFINE_list(
         "guidance_interval", None, "Guide where low <= t <= high, fractions of the time range; default: the run's."
     )
@@ -98,7 +99,7 @@ def sampling_overrides() -> dict[str, Any]:
     given = flags.FLAGS
     overrides: dict[str, Any] = {
         name: getattr(given, name)
-        for name in ("sampler", "guidance_scale", "guidance_channels")
+        for name in ("sampler", "guidance_scale", "guidance_channels", "eta")
         if getattr(given, name) is not None
     }
     if given.sampling_steps is not None:

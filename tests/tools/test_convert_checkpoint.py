@@ -84,7 +84,7 @@ def test_a_new_run_starts_from_the_ema_of_another(tiny_run, tmp_path):
     wider = ("--config.model.width=64", f"--config.init_from={tiny_run}", f"--workdir={tmp_path / 'wider'}")
     done = run("main.py", *DEMO, *frozen, *wider, code=2)
     assert "holds a model of other shapes" in done.stderr
-    assert "model/final/linear/kernel: (32, 4) there, (64, 4) here" in done.stderr
+    assert "blocks/mlp/hidden/bias: (3, 128) there, (3, 256) here" in done.stderr
     missing = (f"--config.init_from={tmp_path / 'none'}", f"--workdir={tmp_path / 'other'}")
     assert "no run at" in run("main.py", *DEMO, *frozen, *missing, code=2).stderr
 

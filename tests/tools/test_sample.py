@@ -47,6 +47,7 @@ def test_a_sample_depends_on_seed_index_and_label_alone(tiny_run, tmp_path):
         (("--guidance_interval=0.7",), "must be two numbers"),
         (("--sampler=magic",), "'magic' is unknown; allowed"),
         (("--sampling_steps=0",), "sampling.steps=0"),
+        (("--eta=0.5",), "sampling.eta is not read by anything"),
         (("--labels=3,10",), "classes run from 0 to 9"),
         (("--labels=odd",), "balanced, uniform"),
         (("--num_samples=0",), "num_samples"),
