@@ -109,7 +109,7 @@ def import_checkpoint(
     def optimizer_state() -> Any:
         abstract = jax.eval_shape(Networks(config).init, jax.random.key(0))
         if fresh_optimizer or "mu" not in file.groups:
-            zeros = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), abstract)
+            zeros = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), abstract)
             return _filled(config, abstract, zeros, zeros, count=0, step=file.step)
         return _filled(config, abstract, read_tree(file, "mu", contents), read_tree(file, "nu", contents),
                        count=file.moment_step, step=file.step)  # fmt: skip
@@ -153,10 +153,11 @@ def write_run(workdir: Path, config: ConfigDict, step: int, trees: Mapping[str, 
     meta = {"step": step, "config": config.to_dict(), "data": {"next_batch": step}}
     manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta)))
     manager.close()
-    with ocp.Checkpointer(ocp.StandardCheckpointHandler(save_concurrent_gb=WRITING_GIGABYTES)) as writer:
-        for name, make in trees.items():
+    for name, make in trees.items():
+        # a writer of its own for each tree: it holds what it wrote until it is closed
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler(save_concurrent_gb=WRITING_GIGABYTES)) as writer:
             writer.save(folder / str(step) / name, args=ocp.args.StandardSave(make()))
-            _return_memory()
+        _return_memory()
     (part / CONFIG).write_text(config_lib.to_json(config) + "\n")
     os.replace(part, workdir)
 

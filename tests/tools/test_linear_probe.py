@@ -11,8 +11,17 @@ from sklearn.linear_model import LogisticRegression
 
 from sra_jax.data import registry as datasets
 from sra_jax.diffusion.gaussian import GaussianDiffusion
+from sra_jax.errors import UserError
 from sra_jax.evaluation.probe import Schedule, probe
-from sra_jax.evaluation.tokens import FeatureSet, Settings, extract_to_disk, make_extractor, times
+from sra_jax.evaluation.tokens import (
+    FeatureSet,
+    Settings,
+    extract_to_disk,
+    make_extractor,
+    parse_blocks,
+    parse_levels,
+    times,
+)
 from sra_jax.evaluation.trained import TrainedModel
 from tests.conftest import run
 
@@ -42,20 +51,30 @@ def test_two_names_in_one_figure(tiny_run, tmp_path):
     assert "exists" in run(TOOL, *flags, code=2).stderr
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (("--blocks=0,2",), "from 1 to 3"),
-        (("--blocks=first",), "block numbers such as"),
-        (("--levels=0.5,1.5",), "between 0 (data) and 1 (noise)"),
-        (("--names=A,B",), "2 names for 1 workdirs"),
-    ],
-)
-def test_wrong_input(tiny_run, tmp_path, flags, message):
-    done = run(TOOL, f"--workdir={tiny_run}", f"--output={tmp_path / 'probe'}", *flags, code=2)
-    assert message in done.stderr
+def test_wrong_input(tiny_run, tmp_path):
+    output = f"--output={tmp_path / 'probe'}"
+    done = run(TOOL, f"--workdir={tiny_run}", "--names=A,B", output, code=2)
+    assert "2 names for 1 workdirs" in done.stderr
+    done = run(TOOL, f"--workdir={tiny_run}", "--blocks=0,2", output, code=2)
+    assert "--blocks=0,2: give ascending block numbers from 1 to 3" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "probe").exists()
+
+
+def test_settings_that_no_network_has():
+    for blocks, levels, message in (
+        ((2, 1), (0.5,), "ascending block"),
+        ((4,), (0.5,), "from 1 to 3"),
+        ((1,), (0.5, 1.5), "between 0 \\(data\\) and 1 \\(noise\\)"),
+        ((1,), (), "between 0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Settings(blocks, levels).check(3)
+    with pytest.raises(UserError, match="block numbers such as"):
+        parse_blocks(["first"], 3)
+    with pytest.raises(UserError, match="--levels=low"):
+        parse_levels(["low"])
+    assert parse_blocks(["all"], 3) == (1, 2, 3)
 
 
 @pytest.fixture(scope="module")

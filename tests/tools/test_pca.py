@@ -32,7 +32,6 @@ def test_any_picture(tiny_run, tmp_path):
     ("flags", "message"),
     [
         (("--example=99999",), "examples run from 0 to 1796"),
-        (("--blocks=4",), "from 1 to 3"),
         (("--image=main.py",), "cannot be read as a picture"),
         (("--image=x.png", "--condition=true"), "needs a label"),
     ],
