@@ -41,6 +41,14 @@ def test_loops_count_as_often_as_they_run():
     assert cost_of(scanned, x, w).unknown_loops == 0
 
 
+def test_traffic_of_a_stack_is_what_is_used_of_it():
+    """Five steps that read one matrix each: the stack passes once, not five times."""
+    x, w = jax.ShapeDtypeStruct((8, 256), jnp.float32), jax.ShapeDtypeStruct((5, 256, 256), jnp.float32)
+    cost = cost_of(lambda x, w: jax.lax.scan(lambda x, w: (jnp.sin(x @ w), None), x, w)[0], x, w)
+    stack = 5 * 256 * 256 * 4
+    assert stack < cost.memory_bytes < 3.5 * stack  # read, and at most copied once on the way
+
+
 def test_convolutions():
     x, w = jnp.zeros((2, 8, 8, 3)), jnp.zeros((3, 3, 3, 5))
     convolve = functools.partial(
