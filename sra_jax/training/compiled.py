@@ -322,14 +322,14 @@ def _sent(kind: str, instruction: Instruction, body: Mapping[str, Instruction]) 
 
 def group_size(attributes: str) -> int:
     """Devices that take part in one collective, from any of the three ways in which its text gives them."""
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes):
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes):
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
         return math.prod(sizes[name] for name in re.findall(r"'(\w+)'", found[2]))
     if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes):
         return int(found[2])
     if found := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
         return len(found[1].split(","))
-    return 1
+    raise ValueError(f"how many devices take part is not clear from: {attributes[:200]}")
 
 
 def _convolution_flops(instruction: Instruction, body: Mapping[str, Instruction]) -> float:

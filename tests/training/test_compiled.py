@@ -76,6 +76,7 @@ def test_collectives_of_a_loop():
         ("replica_groups={{0,1,2,3},{4,5,6,7}}, x", 4),
         ("replica_groups=[2,8]<=[16]", 8),
         ("replica_groups=mesh['axis_0'=4,'axis_1'=16] {'axis_1'}", 16),
+        ("replica_groups=mesh['axis_0'=1,'axis_1'=4,'axis_2'=8], device_ids=([8,4]T(1,0)) {'axis_1'}, x", 4),
     ],
 )
 def test_group_sizes(text, size):
