@@ -166,34 +166,54 @@ class Program:
         """Bytes that one kernel reads and writes; of an array that is sliced or updated in place, the slice alone."""
         if instruction.opcode.endswith("-done") or instruction.opcode.removesuffix("-start") in COLLECTIVES:
             return 0.0
-        if instruction.opcode == "dynamic-slice":
+        if instruction.opcode in ("dynamic-slice", "slice"):
             return 2 * _size(instruction.arrays)
+        if instruction.opcode == "slice-start":  # of its source, its result and its state
+            return instruction.arrays[1].bytes + _size(instruction.arrays[1:2])
         if instruction.opcode == "dynamic-update-slice":
             return 2 * _size(body[instruction.operands[1]].arrays)
         inner = self._inner(instruction)
-        operands = [body[name] for name in instruction.operands if name in body]
+        operands = [body[name] for name in instruction.operands]
         if not inner:
             copies = instruction.arrays[:1] if instruction.opcode == "copy-start" else instruction.arrays
             return _size(copies) + sum(_size(operand.arrays) for operand in operands)
-        updates = {  # stacks updated in place: what is written is the slice
-            part.operands[0]: _size(inner[part.operands[1]].arrays)
-            for part in inner.values() if part.opcode == "dynamic-update-slice"
-        }  # fmt: skip
-        stacks = sum(_size(inner[name].arrays) for name in updates)
-        total = max(_size(instruction.arrays) - stacks, 0.0) + sum(updates.values())
-        for part in inner.values():
-            if part.opcode != "parameter":
+        root = next(part for part in inner.values() if part.root)
+        return self._written(inner, root) + sum(
+            self._read(inner, part)
+            for part in inner.values() if part.opcode == "parameter" and _size(operands[int(part.rest)].arrays)
+        )  # fmt: skip
+
+    def _written(self, body: Mapping[str, Instruction], made: Instruction) -> float:
+        """Bytes of a kernel's result that it writes to main memory."""
+        if made.opcode == "tuple":
+            return sum(self._written(body, body[name]) for name in made.operands)
+        if made.opcode == "bitcast":
+            return self._written(body, body[made.operands[0]])
+        if made.opcode == "dynamic-update-slice":
+            return min(_size(body[made.operands[1]].arrays) or math.inf, _size(made.arrays))
+        if inner := self._inner(made):
+            return self._written(inner, next(part for part in inner.values() if part.root))
+        return 0.0 if made.opcode == "parameter" else _size(made.arrays)
+
+    def _read(self, body: Mapping[str, Instruction], source: Instruction) -> float:
+        """Bytes of `source` that a kernel reads: slices where it only slices, nothing where it only updates."""
+        whole, total = sum(array.bytes for array in source.arrays), 0.0
+        for user in body.values():
+            if source.name not in user.operands:
                 continue
-            number = int(re.match(r"\s*(\d+)", part.rest)[1]) if part.rest else 0
-            outside = operands[number] if number < len(operands) else part
-            if not any(array.main for array in outside.arrays):
+            if user.opcode == "dynamic-slice":
+                total += sum(array.bytes for array in user.arrays)
+            elif user.opcode == "dynamic-update-slice" and user.operands[0] == source.name:
                 continue
-            users = [user for user in inner.values() if part.name in user.operands]
-            if users and all(user.opcode in ("dynamic-slice", "dynamic-update-slice") for user in users):
-                total += sum(_size(user.arrays) for user in users if user.opcode == "dynamic-slice")
+            elif user.opcode == "bitcast":
+                total += self._read(body, user)
+            elif inner := self._inner(user):
+                number = user.operands.index(source.name)
+                part = next(p for p in inner.values() if p.opcode == "parameter" and int(p.rest) == number)
+                total += self._read(inner, part)
             else:
-                total += _size(outside.arrays)
-        return total
+                return whole
+        return min(total, whole)
 
     def trip_count(self, loop: Instruction, body: Mapping[str, Instruction]) -> int | None:
         """How often a loop runs, or None where the text does not say."""
@@ -302,14 +322,14 @@ def _sent(kind: str, instruction: Instruction, body: Mapping[str, Instruction]) 
 
 def group_size(attributes: str) -> int:
     """Devices that take part in one collective, from any of the three ways in which its text gives them."""
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes):
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes):
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
         return math.prod(sizes[name] for name in re.findall(r"'(\w+)'", found[2]))
     if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes):
         return int(found[2])
     if found := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
         return len(found[1].split(","))
-    return 1
+    raise ValueError(f"how many devices take part is not clear from: {attributes[:200]}")
 
 
 def _convolution_flops(instruction: Instruction, body: Mapping[str, Instruction]) -> float:

@@ -41,6 +41,14 @@ def test_loops_count_as_often_as_they_run():
     assert cost_of(scanned, x, w).unknown_loops == 0
 
 
+def test_traffic_of_a_stack_is_what_is_used_of_it():
+    """Five steps that read one matrix each: the stack passes once, not five times."""
+    x, w = jax.ShapeDtypeStruct((8, 256), jnp.float32), jax.ShapeDtypeStruct((5, 256, 256), jnp.float32)
+    cost = cost_of(lambda x, w: jax.lax.scan(lambda x, w: (jnp.sin(x @ w), None), x, w)[0], x, w)
+    stack = 5 * 256 * 256 * 4
+    assert stack < cost.memory_bytes < 3.5 * stack  # read, and at most copied once on the way
+
+
 def test_convolutions():
     x, w = jnp.zeros((2, 8, 8, 3)), jnp.zeros((3, 3, 3, 5))
     convolve = functools.partial(
@@ -68,6 +76,7 @@ def test_collectives_of_a_loop():
         ("replica_groups={{0,1,2,3},{4,5,6,7}}, x", 4),
         ("replica_groups=[2,8]<=[16]", 8),
         ("replica_groups=mesh['axis_0'=4,'axis_1'=16] {'axis_1'}", 16),
+        ("replica_groups=mesh['axis_0'=1,'axis_1'=4,'axis_2'=8], device_ids=([8,4]T(1,0)) {'axis_1'}, x", 4),
     ],
 )
 def test_group_sizes(text, size):
