@@ -31,12 +31,16 @@ class Placement:
 
     Attributes:
       rows: applied to activations, whose leading axis is the batch.
+      shared: applied to the condition, of which a device may need more examples than its own.
+      modulation: applied to what a block makes of it.
       block: applied to the parameters of one block just before they are used, in the forward and again in the backward
         pass: its result, a copy that is whole on every device, is never kept from the one to the other.
       others: applied to the parameters outside the blocks.
     """
 
     rows: Callable[[jax.Array], jax.Array] = _as_it_is
+    shared: Callable[[jax.Array], jax.Array] = _as_it_is
+    modulation: Callable[[jax.Array], jax.Array] = _as_it_is
     block: Callable[[Any], Any] = _as_it_is
     others: Callable[[Any], Any] = _as_it_is
 

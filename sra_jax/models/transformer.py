@@ -168,14 +168,15 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """A transformer block whose norms are modulated and whose branches are gated by the condition (adaLN-Zero)."""
 
-    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs, placement: Placement = ANYWHERE):
+        self.placement = placement
         self.attention = Attention(config, rngs=rngs)
         self.mlp = MLP(config, rngs=rngs)
         self.modulation = linear(config, config.width, 6 * config.width, rngs, zeros)
 
     def __call__(self, x: jax.Array, condition: jax.Array) -> jax.Array:
         """x (B,N,D) float32 and SiLU of the condition (B,D) -> (B,N,D) float32."""
-        modulation = self.modulation(condition).astype(jnp.float32)
+        modulation = self.placement.modulation(self.modulation(condition)).astype(jnp.float32)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)
         x = x + gate_a[:, None] * self.attention(modulate(layer_norm(x), shift_a, scale_a))
         return x + gate_m[:, None] * self.mlp(modulate(layer_norm(x), shift_m, scale_m))
@@ -221,7 +222,7 @@ class Transformer(nnx.Module):
         self.label_embedding = nnx.Embed(
             config.num_classes + 1, config.width, embedding_init=small_normal, rngs=rngs
         )
-        self.blocks = stack_modules(lambda r: Block(config, rngs=r), config.depth, rngs.params())
+        self.blocks = stack_modules(lambda r: Block(config, rngs=r, placement=placement), config.depth, rngs.params())
         self.final = FinalLayer(config, rngs=rngs)
 
     def embed(self, x: jax.Array) -> jax.Array:
@@ -257,13 +258,14 @@ class Transformer(nnx.Module):
             raise ValueError(f"taps={tuple(taps)} must ascend within 1..{last}")
         tokens = self.placement.rows(self.embed(x))
         condition = self.placement.rows(self.condition(t, y))
+        shared = self.placement.shared(condition)
         graphdef, params = nnx.split(self.blocks)
 
         def block(params: Any, x: jax.Array, condition: jax.Array) -> jax.Array:
             return nnx.merge(graphdef, params)(x, condition)
 
         tokens, features = run_stack(
-            block, params, tokens, condition, depth=config.depth, taps=tuple(taps), stop=last,
+            block, params, tokens, shared, depth=config.depth, taps=tuple(taps), stop=last,
             remat=config.remat, placement=self.placement,
         )
         if stop is not None:

@@ -136,6 +136,8 @@ class Program:
     ) -> None:
         kind = instruction.opcode.removesuffix("-start")
         if kind in COLLECTIVES:
+            if kind == "all-reduce" and _is_sliced(instruction, body):
+                kind = "reduce-scatter"
             size = runs * _sent(kind, instruction, body)
             if "chain_id" in instruction.rest:
                 # TPU programs cut a collective into pieces that run inside several kernels; each piece shows the whole.
@@ -308,6 +310,12 @@ def _branches(instruction: Instruction) -> list[str]:
     if found := re.search(r"branch_computations=\{([^}]*)\}", instruction.rest):
         return _OPERAND.findall(found[1])
     return [instruction.attribute("true_computation")]
+
+
+def _is_sliced(instruction: Instruction, body: Mapping[str, Instruction]) -> bool:
+    """Whether a kernel of TPU programs takes its own part of an all-reduce: their way to write a reduce-scatter."""
+    root = next(i for i in body.values() if i.root)
+    return root.opcode == "dynamic-slice" and root.operands[0] == instruction.name
 
 
 def _sent(kind: str, instruction: Instruction, body: Mapping[str, Instruction]) -> float:
