@@ -101,7 +101,9 @@ def placement(mesh: Mesh, dtype: Any) -> Placement:
         def gather(path: Sequence[Any], x: jax.Array) -> jax.Array:
             name = path_name(path)
             spec = layout(f"blocks/{name}", (1, *x.shape), mesh)
-            return x.astype(dtype) if name == "modulation/kernel" else _gather(x.astype(dtype), P(*spec[1:]), mesh)
+            if name == "modulation/kernel":
+                return jax.lax.with_sharding_constraint(x.astype(dtype), NamedSharding(mesh, P(*spec[1:])))
+            return _gather(x.astype(dtype), P(*spec[1:]), mesh)
 
         return jax.tree_util.tree_map_with_path(gather, params)
 
@@ -119,14 +121,14 @@ def _gather(x: jax.Array, split: P, mesh: Mesh) -> jax.Array:
     """x whole along `fsdp`; its cotangent is split again, which makes the sum over devices a reduce-scatter."""
     whole = NamedSharding(mesh, P(*(None if axis == GATHERED else axis for axis in split)))
 
-    @jax.custom_vjp
-    def gather(x: jax.Array) -> jax.Array:
+    def made_whole(x: jax.Array) -> jax.Array:
         return jax.lax.with_sharding_constraint(x, whole)
 
     def backward(_: None, cotangent: jax.Array) -> tuple[jax.Array]:
         return (jax.lax.with_sharding_constraint(cotangent, NamedSharding(mesh, split)),)
 
-    gather.defvjp(lambda x: (gather(x), None), backward)
+    gather = jax.custom_vjp(made_whole)
+    gather.defvjp(lambda x: (made_whole(x), None), backward)  # not gather(x), whose result remat policies would keep
     return gather(x)
 
 

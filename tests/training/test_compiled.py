@@ -1,6 +1,7 @@
 """Counts read from compiled programs, and what the train step's program must not hold."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +71,26 @@ def test_collectives_of_a_loop():
     assert cost.sent["all-reduce"] == 3 * 2 * 64 * 4 * 7 / 8
 
 
+FUSED = """
+ENTRY %main (input: bf16[1152,4608]) -> bf16[288,4608] {
+  %input = bf16[1152,4608]{1,0} parameter(0)
+  ROOT %fusion.1 = bf16[288,4608]{1,0} fusion(%input), kind=kCustom, calls=%all-reduce-scatter.1
+}
+
+%all-reduce-scatter.1 (input.1: bf16[1152,4608]) -> bf16[288,4608] {
+  %input.1 = bf16[1152,4608]{1,0} parameter(0)
+  %all-reduce.1 = bf16[1152,4608]{1,0} all-reduce(%input.1), replica_groups={{0,1,2,3}}, to_apply=%add
+  %place = u32[] constant(0)
+  ROOT %slice.1 = bf16[288,4608]{1,0} dynamic-slice(%all-reduce.1, %place, %place), dynamic_slice_sizes={288,4608}
+}
+"""
+
+
+def test_a_kernel_that_keeps_its_part_of_a_sum_is_a_reduce_scatter():
+    """As programs for TPUs write it: half of what an all-reduce sends."""
+    assert Program(FUSED).cost().sent == {"reduce-scatter": 1152 * 4608 * 2 * 3 / 4}
+
+
 @pytest.mark.parametrize(
     ("text", "size"),
     [
@@ -114,6 +135,25 @@ def test_no_large_array_is_whole_on_a_device():
             assert size < min(tokens, stack), f"{instruction.name} {instruction.opcode} {array.shape}"
             if instruction.opcode == "all-gather":
                 assert size <= one_block, f"{instruction.name} gathers {array.shape}: more than a matrix of a block"
+
+
+def test_the_gradient_of_the_modulation_stays_where_it_is_made():
+    """Its rows travel, a few for each example, in place of its kernel's gradient."""
+    compiled, program, _ = step_program(fsdp=8, remat="block")
+    kernel = program.state.params["model"]["blocks"]["modulation"]["kernel"].size // DEPTH
+    sent = [
+        math.prod(array.shape) for instruction in compiled.instructions()
+        if instruction.opcode in ("all-reduce", "reduce-scatter") for array in instruction.arrays
+    ]  # fmt: skip
+    assert kernel not in sent
+    assert kernel * 2 // 3 in sent  # as the others' are, such as those of the MLP
+    assert compiled.cost().sent["all-to-all"] > 0
+
+
+def test_without_remat_parameters_are_gathered_again_in_the_backward_pass():
+    """They are not kept from the forward pass: a whole network in the type of the products."""
+    sent = {remat: step_program(fsdp=8, remat=remat)[0].cost().sent["all-gather"] for remat in ("none", "block")}
+    assert sent["none"] == pytest.approx(sent["block"], rel=0.02)
 
 
 def test_fsdp_sends_each_parameter_as_often_as_it_is_used():
