@@ -12,11 +12,12 @@ compiled by libtpu (pip install of the version that the installed JAX names; --h
 where data.path is empty, random latents of the recipe's shape stand in. Memory and operations are the compiler's; times
 are estimates from the chip's published rates.
 
---search tries meshes, remat policies and accumulations, stops refining a mesh and policy once it fits, and prints the
-fastest that fits. --table compiles every recipe of --recipes for every slice of --slices, each with --fsdp=auto: the
-smallest fsdp of 1, 4, 16, 64 at which the state takes at most a third of the chip's memory, and the first accumulation
-of 1, 2, 4 that fits. --results keeps a JSON file of each compilation and reads it again next time, so that a table
-can be made in pieces.
+--search tries meshes, remat policies and accumulations, leaves out what surely does not fit, says how each does, and
+ends with the fastest that fits and the flags that give it (--json has them too). --table compiles every recipe of
+--recipes for every slice of --slices, each with the smallest fsdp of 1, 4, 16, 64 at which the state takes at most a
+third of the chip's memory, and the first accumulation of 1, 2, 4 that fits. A compilation takes half a minute on two
+cores, whatever the depth. --results keeps what the compiler said of each program and reads it again when the same
+program is met, so that a table or a search goes on where it stopped.
 
 --platform=cuda lowers the step for CUDA, which is as far as one gets without a GPU: layouts, FLOPs and state are
 checked, memory is not.
@@ -24,12 +25,12 @@ checked, memory is not.
 Exit codes: 0 fits (or lowered), 2 bad input, 3 does not fit.
 """
 
-import hashlib
 import importlib
 import json
 import os
 import pathlib
 import sys
+import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 os.environ["JAX_PLATFORMS"] = "cpu"  # nothing is run, and JAX must not look for a TPU
@@ -42,7 +43,7 @@ from sra_jax import cli
 from sra_jax import config as config_lib
 from sra_jax.errors import UserError
 from sra_jax.models.flops import train_step_flops
-from sra_jax.training import chips, compile_report
+from sra_jax.training import chips, compile_report, compile_search
 
 FLAGS = flags.FLAGS
 EXIT_DOES_NOT_FIT = 3
@@ -83,44 +84,23 @@ def main() -> int:
 
 def compiled(config: ConfigDict, wanted: chips.Slice) -> compile_report.Report:
     """The report of one compilation, from --results where it is there already."""
-    if not FLAGS.results:
-        return compile_report.compile_for(config, wanted, FLAGS.sample)
-    key = json.dumps([config.to_dict(), wanted.name, FLAGS.sample, jax.__version__], sort_keys=True, default=str)
-    name = f"{config.name}_{wanted.name.replace(':', '_')}_{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
-    path = pathlib.Path(FLAGS.results) / name
-    if path.exists():
-        return json.loads(path.read_text())
-    report = compile_report.compile_for(config, wanted, FLAGS.sample)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(report, indent=2))
-    os.replace(part, path)
-    return report
+    return compile_report.compile_for(
+        config, wanted, FLAGS.sample, pathlib.Path(FLAGS.results) if FLAGS.results else None
+    )
 
 
 def search(config: ConfigDict, wanted: chips.Slice) -> compile_report.Report:
-    """The fastest setting that fits, each tried setting printed; the last one tried where none fits."""
-    reports, done = [], set()
-    for values in compile_report.settings(config, wanted.size):
-        group = tuple((k, v) for k, v in values.items() if k != "accumulation")
-        if group in done or not compile_report.possible(config, values, wanted.size):
-            continue
-        report = compiled(compile_report.with_settings(config, values), wanted)
-        reports.append(report)
-        shown = ", ".join(f"{key}={value}" for key, value in values.items())
-        if report["fits"]:
-            done.add(group)  # more accumulation only costs time
-            print(f"{shown}: {report['step_seconds']['in_turn'] * 1e3:.1f} ms, "
-                  f"{compile_report.megabytes(report['peak_bytes'])}", flush=True)  # fmt: skip
-        else:
-            print(f"{shown}: does not fit", flush=True)
-    if not reports:
-        raise UserError(f"no mesh of {wanted.size} devices suits batch_size={config.batch_size}; change batch_size")
-    write_json(reports)
-    fitting = [report for report in reports if report["fits"]]
-    if fitting:
-        print("fastest that fits:")
-    return min(fitting, key=lambda r: r["step_seconds"]["in_turn"]) if fitting else reports[-1]
+    """The fastest setting that fits, each setting said as it is tried; the nearest one where none fits."""
+    started = time.monotonic()
+    found = compile_search.Search(
+        config, wanted, lambda config: compiled(config, wanted),
+        lambda line: print(f"{time.monotonic() - started:5.0f} s  {line}", flush=True), FLAGS.sample,
+    )  # fmt: skip
+    values, report = found.run()
+    write_json({"settings": values, "report": report, "tried": [report for _, report in found.tried]})
+    print("the fastest that fits:" if report["fits"] else "none fits; the nearest:")
+    print(" ".join(f"--config.{key}={value}" for key, value in values.items()))
+    return report
 
 
 def recipes() -> list[str]:
@@ -138,8 +118,8 @@ def entry(name: str, slice_name: str) -> compile_report.Report:
     wanted = chips.parse_slice(slice_name)
     config = importlib.import_module(f"configs.{name}").get_config()
     report = None
-    for values in compile_report.modest_settings(config, wanted):
-        report = compiled(compile_report.with_settings(config, values), wanted)
+    for values in compile_search.modest_settings(config, wanted):
+        report = compiled(compile_search.with_settings(config, values), wanted)
         if report["fits"]:
             break
     if report is None:

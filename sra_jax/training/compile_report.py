@@ -1,9 +1,14 @@
 """Compiling a recipe for devices that are not there, and saying what it would need and take."""
 
 import dataclasses
-import itertools
+import hashlib
+import importlib.metadata
+import inspect
+import json
+import os
 import re
-from collections.abc import Iterator, Mapping
+import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,17 +17,12 @@ from ml_collections import ConfigDict
 
 from sra_jax import config as config_lib
 from sra_jax.data import registry as datasets
-from sra_jax.errors import UserError
 from sra_jax.evaluation.generation import Generator
 from sra_jax.models.flops import train_step_flops
-from sra_jax.training import loop, sharding
+from sra_jax.training import compiled, loop, sharding
 from sra_jax.training.chips import Slice, describe_devices
-from sra_jax.training.compiled import Program
-from sra_jax.training.state import Networks
 
 Report = dict[str, Any]
-STATE_COPIES = 4
-"""Parameters, EMA and two moments."""
 RESERVED = 0.25 / 16
 """Share of HBM that the compiler keeps to itself: it offers 15.75 GB of 16."""
 
@@ -72,13 +72,14 @@ def lower_for_platform(config: ConfigDict, devices: list[Any], platform: str) ->
     return program, lowered.as_text()
 
 
-def compile_for(config: ConfigDict, wanted: Slice, sample: bool = False) -> Report:
+def compile_for(config: ConfigDict, wanted: Slice, sample: bool = False, results: Path | None = None) -> Report:
     """Compile the recipe's train step, or its sampler, for a TPU slice and report on it.
 
     Args:
       config: the recipe.
       wanted: the slice.
       sample: compile the sampler for `batch_size` images instead of the train step.
+      results: folder that keeps the report of each program, and gives it where it has it.
 
     Returns:
       JSON data. `fits` is False where the compiler or the chip's memory refuses the program; what the compiler did not
@@ -91,7 +92,6 @@ def compile_for(config: ConfigDict, wanted: Slice, sample: bool = False) -> Repo
     config = without_data(config)
     devices = describe_devices(wanted)
     config_lib.check(config, len(devices))
-    chip = wanted.chip
     program, lowered = lower(config, devices, sample)
     model = train_step_flops(config_lib.transformer_of(config), config_lib.alignment_of(config), config.batch_size)
     report: Report = {
@@ -107,25 +107,55 @@ def compile_for(config: ConfigDict, wanted: Slice, sample: bool = False) -> Repo
         "dtype": config.dtype,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(program.state.params["model"])),
         "state_bytes": state_bytes(program),
-        "hbm_bytes": int(chip.memory_bytes * (1 - RESERVED)),
+        "hbm_bytes": usable_bytes(wanted),
     }
+    report |= _kept(lowered, wanted, results) if results else _measure(lowered, wanted)
+    if "step_seconds" in report and not sample:
+        report["model_flops"] = {
+            name: value / len(devices) for name, value in
+            (("student", model.student), ("head", model.head), ("teacher", model.teacher), ("total", model.total))
+        }  # fmt: skip
+        ideal = report["model_flops"]["total"] / wanted.chip.peak_flops
+        report["mfu"] = {key: ideal / report["step_seconds"][key] for key in ("overlapped", "in_turn")}
+    return report
+
+
+def _kept(lowered: jax.stages.Lowered, wanted: Slice, results: Path) -> Report:
+    """`_measure` of a program, kept in a file that is named after all that the answer depends on."""
+    compiler = [importlib.metadata.version(name) for name in ("jaxlib", "libtpu")]
+    reader = [inspect.getsource(module) for module in (sys.modules[__name__], compiled)]
+    key = hashlib.sha256("\n".join([lowered.as_text(), repr(wanted), repr(wanted.chip), *compiler, *reader]).encode())
+    path = results / f"{wanted.name.replace(':', '_')}_{key.hexdigest()[:20]}.json"
+    if not path.exists():
+        measured = _measure(lowered, wanted)
+        results.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(measured, indent=2))
+        os.replace(part, path)
+    return json.loads(path.read_text())
+
+
+def _measure(lowered: jax.stages.Lowered, wanted: Slice) -> Report:
+    """What the compiler makes of a lowered program."""
+    chip = wanted.chip
     try:
-        compiled = lowered.compile()
+        program = lowered.compile()
     except Exception as error:
-        return report | _refused(error)
-    memory = compiled.memory_analysis()
-    report["memory_bytes"] = {
+        return _refused(error)
+    memory = program.memory_analysis()
+    parts = {
         "arguments": memory.argument_size_in_bytes,
         "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
         "code": memory.generated_code_size_in_bytes,
     }
-    report["peak_bytes"] = sum(report["memory_bytes"].values())
-    report["fits"] = report["peak_bytes"] <= report["hbm_bytes"]
-    cost = Program(compiled.as_text()).cost()
+    cost = compiled.Program(program.as_text()).cost()
     kernels = cost.kernel_seconds(chip.peak_flops, chip.memory_bandwidth)
     links = sum(cost.sent.values()) / chip.link_bandwidth
-    report |= {
+    return {
+        "memory_bytes": parts,
+        "peak_bytes": sum(parts.values()),
+        "fits": sum(parts.values()) <= usable_bytes(wanted),
         "flops": cost.flops,
         "memory_traffic_bytes": cost.memory_bytes,
         "sent_bytes": dict(cost.sent),
@@ -136,14 +166,6 @@ def compile_for(config: ConfigDict, wanted: Slice, sample: bool = False) -> Repo
         },
         "communication_share": links / (kernels + links),
     }  # fmt: skip
-    if not sample:
-        report["model_flops"] = {
-            name: value / len(devices) for name, value in
-            (("student", model.student), ("head", model.head), ("teacher", model.teacher), ("total", model.total))
-        }  # fmt: skip
-        ideal = model.total / len(devices) / chip.peak_flops
-        report["mfu"] = {key: ideal / report["step_seconds"][key] for key in ("overlapped", "in_turn")}
-    return report
 
 
 def _refused(error: Exception) -> Report:
@@ -156,49 +178,9 @@ def _refused(error: Exception) -> Report:
     return {"fits": False, "peak_bytes": peak, "refused": text.strip().splitlines()[0][:300]}
 
 
-def settings(config: ConfigDict, devices: int) -> Iterator[dict[str, Any]]:
-    """Meshes, remat policies and accumulations worth trying, in groups of one mesh and policy: within a group, each
-    needs less memory than the one before."""
-    meshes = [
-        {"mesh.data": devices // fsdp, "mesh.fsdp": fsdp, "mesh.model": 1}
-        for fsdp in (1, 4, 16, 64, 256)
-        if devices % fsdp == 0
-    ]
-    for mesh, remat in itertools.product(meshes, ("none", "dots", "block")):
-        for accumulation in (1, 2, 4):
-            yield {**mesh, "model.remat": remat, "accumulation": accumulation}
-
-
-def modest_settings(config: ConfigDict, wanted: Slice) -> Iterator[dict[str, Any]]:
-    """The recipe as it is but for the mesh and accumulation: the smallest fsdp at which the state takes at most a third
-    of a chip's memory, then accumulation 1, 2, 4."""
-    shape = config_lib.transformer_of(config)
-    graph = jax.eval_shape(Networks(config).init, jax.random.key(0))
-    whole = STATE_COPIES * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(graph))
-    for fsdp in (1, 4, 16, 64):
-        if shape.width % fsdp == 0 and whole / fsdp <= wanted.chip.memory_bytes / 3:
-            break
-    fsdp = min(fsdp, wanted.size)
-    for accumulation in (1, 2, 4):
-        values = {"mesh.data": wanted.size // fsdp, "mesh.fsdp": fsdp, "accumulation": accumulation}
-        if possible(config, values, wanted.size):
-            yield values
-
-
-def with_settings(config: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
-    """A copy of the config with other values."""
-    config = config.copy_and_resolve_references()
-    config.update_from_flattened_dict(dict(values))
-    return config
-
-
-def possible(config: ConfigDict, values: Mapping[str, Any], devices: int) -> bool:
-    """Whether a config with these values passes its checks."""
-    try:
-        config_lib.check(with_settings(without_data(config), values), devices)
-    except UserError:
-        return False
-    return True
+def usable_bytes(wanted: Slice) -> int:
+    """HBM of one chip that a program may use."""
+    return int(wanted.chip.memory_bytes * (1 - RESERVED))
 
 
 def megabytes(size: float) -> str:

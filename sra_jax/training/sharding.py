@@ -76,10 +76,10 @@ def placement(mesh: Mesh, dtype: Any) -> Placement:
     """Where arrays lie while a network runs on the mesh, stated so that the compiler has no choice.
 
     Activations stay split by examples. Parameters are made whole along `fsdp` one block at a time, in the type in which
-    they are used; their gradients go back split. The blocks' modulation works the other way round, for it multiplies one
-    row an example where the rest multiplies N: each device makes its columns of the modulation for all examples of its
-    `fsdp` group, which then travel to the examples' devices. That is some hundred times less than the kernel, a third
-    of a block's parameters, and its gradient.
+    they are used; their gradients go back split. The blocks' modulation works the other way round, for it multiplies
+    one row an example where the rest multiplies N: each device makes its columns of the modulation for all examples of
+    its `fsdp` group, which then travel to the examples' devices. They are far smaller than the kernel, a third of a
+    block's parameters, and its gradient.
 
     Args:
       mesh: the devices.
