@@ -173,7 +173,7 @@ def _refused(error: Exception) -> Report:
     text = str(error)
     if "RESOURCE_EXHAUSTED" not in text and "exceeded" not in text.lower():
         raise error
-    used = re.search(r"Used ([\d.]+)([GM]) of", text)
+    used = re.search(r"(?:Used |temporaries \()([\d.]+)([GM])\b", text)
     peak = int(float(used[1]) * (2**30 if used[2] == "G" else 2**20)) if used else None
     return {"fits": False, "peak_bytes": peak, "refused": text.strip().splitlines()[0][:300]}
 

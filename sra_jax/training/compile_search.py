@@ -49,17 +49,18 @@ class Search:
           UserError: the batch cannot be split over the slice.
         """
         policies = (self._config.model.remat,) if self._sample else ("none", "dots", "block")
-        meshes = [mesh for mesh in self._meshes() if self._state_fits(mesh)]
+        possible_meshes = self._meshes()
+        if not possible_meshes:
+            raise UserError(
+                f"no mesh of {self._wanted.size} devices suits batch_size={self._config.batch_size}; change batch_size"
+            )
+        # Where no mesh has room, the compiler confirms it for the one that splits the state most.
+        meshes = [mesh for mesh in possible_meshes if self._state_fits(mesh)] or possible_meshes[-1:]
         for mesh, remat in itertools.product(meshes, policies):
             self._refine(mesh, remat)
         if not self._sample and not any(report["fits"] for _, report in self.tried):
             for mesh in meshes:
                 self._refine(mesh, "full")
-        if not self.tried:
-            raise UserError(
-                f"{self._wanted.name}: no mesh suits batch_size={self._config.batch_size} and has room for the state; "
-                "change batch_size, or take a larger slice"
-            )
         fitting = [entry for entry in self.tried if entry[1]["fits"]]
         if fitting:
             return min(fitting, key=lambda entry: entry[1]["step_seconds"]["in_turn"])
@@ -98,7 +99,7 @@ class Search:
                 if report["fits"] or self._sample:
                     return
                 refused_at, state = accumulation, sum(report["state_bytes"].values())
-                beyond = (report["peak_bytes"] or limit) - state
+                beyond = max((report["peak_bytes"] or limit) - state, 0)
             accumulation *= 2
             least = state + beyond * refused_at / accumulation
 

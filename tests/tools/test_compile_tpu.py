@@ -34,6 +34,39 @@ def test_what_does_not_fit():
     assert done.stdout.splitlines()[-1] == "fits: no"
 
 
+@needs_libtpu
+def test_search_where_nothing_fits(tmp_path):
+    """The state alone is too large however it is split; the compiler is asked for the last mesh only."""
+    path = tmp_path / "search.json"
+    done = run(
+        "tools/compile_tpu.py", *SMALL, "--topology=v5e:2x2", "--config.model.width=16384", "--search",
+        f"--json={path}", code=3,
+    )  # fmt: skip
+    assert "fsdp=1, model=1: left out, the state alone takes" in done.stdout
+    assert done.stdout.splitlines()[-1] == "fits: no"
+    found = json.loads(path.read_text())
+    assert {tried["mesh"]["fsdp"] for tried in found["tried"]} == {4}
+    assert not found["report"]["fits"]
+
+
+@needs_libtpu
+def test_search_leaves_out_what_cannot_be_faster(tmp_path):
+    """On one chip there is one mesh; where each policy fits at once, no accumulation is tried."""
+    path, results = tmp_path / "search.json", tmp_path / "results"
+    flags = ("--topology=v5e:1x1", "--search", f"--json={path}", f"--results={results}")
+    done = run("tools/compile_tpu.py", *SMALL, *flags)
+    found = json.loads(path.read_text())
+    assert [(tried["remat"], tried["accumulation"]) for tried in found["tried"]] == [
+        ("none", 1), ("dots", 1), ("block", 1)
+    ]  # fmt: skip
+    assert found["report"] == min(found["tried"], key=lambda report: report["step_seconds"]["in_turn"])
+    assert f"--config.model.remat={found['report']['remat']}" in done.stdout
+    kept = {path: path.stat().st_mtime_ns for path in results.iterdir()}
+    assert len(kept) == 3
+    run("tools/compile_tpu.py", *SMALL, *flags)
+    assert kept == {path: path.stat().st_mtime_ns for path in results.iterdir()}  # read, not made again
+
+
 @pytest.mark.skipif(HAS_LIBTPU, reason="libtpu is installed")
 def test_without_libtpu_it_says_how_to_get_it():
     done = run("tools/compile_tpu.py", *SMALL, "--topology=v5e:2x2", code=2)
