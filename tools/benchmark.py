@@ -18,8 +18,9 @@
   python tools/benchmark.py metrics
 
 Data is synthetic and dtype float32 unless the flags say otherwise (--config.dtype=bfloat16 is kept with --keep_dtype).
-The sides take turns, each in a process of its own, so that neither sees the other's memory or threads; every figure is
-the median over --repeats rounds, a ratio the median of the rounds' ratios. Arithmetic is counted analytically
+The sides take turns, each in a process of its own, so that neither sees the other's memory or threads; each turn begins
+with a run that is not counted; every figure is the median over --repeats rounds, a ratio the median of the rounds'
+ratios. Arithmetic is counted analytically
 (sra_jax/models/flops.py); `matmul_share` relates it to the rate of a 4096x4096 product measured in the same rounds.
 """
 
@@ -38,6 +39,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 
 import numpy as np
+
+from sra_jax import memory_pages
 
 COMMANDS = ("train_step", "growth", "sampler", "data", "vae", "inception", "metrics")
 ELSEWHERE = {
@@ -124,7 +127,6 @@ class JaxSide:
 
     def rate(self) -> float:
         """Operations a second of a large product."""
-        self._jax.block_until_ready(self._product(self._operand))
         start = time.perf_counter()
         self._jax.block_until_ready(self._product(self._operand))
         return 2 * MATMUL**3 / (time.perf_counter() - start)
@@ -206,13 +208,24 @@ def _serve(connection: Any, side: str, config_json: str) -> None:
 
 
 class Remote:
-    """A side in a process of its own; its methods are called by name."""
+    """A side in a process of its own; its methods are called by name.
+
+    Ours starts as main.py does, with large memory pages where they help (sra_jax/memory_pages.py); the peer as PyTorch
+    starts by itself, unless --peer_large_pages is given.
+    """
 
     def __init__(self, side: str, config_json: str):
+        from absl import flags
+
+        large = side == "jax" or flags.FLAGS.peer_large_pages
         context = multiprocessing.get_context("spawn")
         self._connection, other = context.Pipe()
         self._process = context.Process(target=_serve, args=(other, side, config_json), daemon=True)
-        self._process.start()
+        before = os.environ.copy()
+        os.environ.update((large and memory_pages.with_large_pages(before)) or {})
+        self._process.start()  # with the environment of this moment
+        os.environ.clear()
+        os.environ.update(before)
         other.close()
 
     def call(self, method: str, *arguments: Any) -> Any:
@@ -227,10 +240,15 @@ class Remote:
 
 
 def alternate(calls: Mapping[str, Callable[[], float]], repeats: int, note: Callable[[str], None]) -> dict[str, list]:
-    """Every call in turn, `repeats` times: all figures of each."""
+    """Every call in turn, `repeats` times: all figures of each.
+
+    A turn begins with a call that is not counted: a process that has been idle finds its caches cold and, in a virtual
+    machine, memory that has gone back to the host.
+    """
     figures: dict[str, list[float]] = {name: [] for name in calls}
     for round_number in range(repeats):
         for name, call in calls.items():
+            call()
             figures[name].append(call())
         note(f"round {round_number + 1} of {repeats}: " + ", ".join(f"{n} {f[-1]:.4g}" for n, f in figures.items()))
     return figures
@@ -374,6 +392,7 @@ def define_flags() -> None:
 
     config_flags.DEFINE_config_file("config", None, "The recipe; its data is replaced by synthetic latents.")
     flags.DEFINE_enum("peer", "none", ["none", "pytorch"], "What to measure beside ours.")
+    flags.DEFINE_bool("peer_large_pages", False, "Start PyTorch with large memory pages, as main.py starts itself.")
     flags.DEFINE_integer("repeats", 5, "Rounds, in each of which every side runs once.", lower_bound=1)
     flags.DEFINE_integer("samples", 4, "sampler: samples at a time.", lower_bound=1)
     flags.DEFINE_string("json", None, "Write the result to this file, too; an old one is replaced.")
