@@ -7,9 +7,16 @@
   # step time against batch size, tokens and depth
   python tools/benchmark.py growth --config=configs/sit_b2.py --config.batch_size=4
 
+  # tracing and compiling the step, at the recipe's depth and at twice that depth
+  python tools/benchmark.py compile --config=configs/sit_xl2.py
+
   # 250 steps of the paper's sampler with guidance on [0, 0.7] (a share of them; the loop is the same)
   python tools/benchmark.py sampler --config=configs/sit_b2.py --config.sampling.guidance_scale=1.8 \\
       --config.sampling.guidance_interval=0,0.7 --samples=4 --peer=pytorch
+
+  # all of the above, as the table of the README
+  python tools/benchmark.py table --config=configs/sit_b2.py --config.batch_size=8 --peer=pytorch --repeats=3 \\
+      --config.sampling.steps=20 --config.sampling.guidance_scale=1.8 --config.sampling.guidance_interval=0,0.7
 
   # reading latents; encoding images; the FID network; the metrics: options by --help
   python tools/benchmark.py data --folder=FOLDER
@@ -42,7 +49,7 @@ import numpy as np
 
 from sra_jax import memory_pages
 
-COMMANDS = ("train_step", "growth", "sampler", "data", "vae", "inception", "metrics")
+COMMANDS = ("train_step", "growth", "compile", "sampler", "table", "data", "vae", "inception", "metrics")
 ELSEWHERE = {
     "data": ("benchmark_data", "read"), "vae": ("benchmark_data", "encode"),
     "inception": ("benchmark_evaluation", "network"), "metrics": ("benchmark_evaluation", "metrics"),
@@ -74,20 +81,30 @@ class JaxSide:
         self._operand = jax.device_put(side)
         self._product = jax.jit(lambda a: jax.numpy.matmul(a, a, precision="highest"))
 
-    def prepare(self, name: str) -> dict[str, float]:
-        """Compile and warm up "sra" or "baseline"; how long the compiler took."""
-        from sra_jax.data import pipeline
-        from sra_jax.training import loop, sharding
+    def _compile(self, name: str) -> tuple[Any, Any, Any, float]:
+        """The config with SRA or without it, its programs, its compiled step, seconds of tracing and compiling."""
+        from sra_jax.training import loop
 
         config = self._config.copy_and_resolve_references()
         with config.unlocked():
             config.alignment.enabled = name == "sra"
         program = loop.build(config, self._mesh, self._dataset, config.steps)
-        state = program.init(self._jax.random.key(0))
         start = time.perf_counter()
         shapes = loop.abstract_batch(self._dataset, config.batch_size, self._mesh)
         step = program.train_step.lower(program.state, shapes).compile()
-        seconds = time.perf_counter() - start
+        return config, program, step, time.perf_counter() - start
+
+    def compile(self, name: str) -> float:
+        """Seconds of tracing and compiling the step of "sra" or "baseline"; nothing is run."""
+        return self._compile(name)[-1]
+
+    def prepare(self, name: str) -> dict[str, float]:
+        """Compile and warm up "sra" or "baseline"; how long the compiler took."""
+        from sra_jax.data import pipeline
+        from sra_jax.training import sharding
+
+        config, program, step, seconds = self._compile(name)
+        state = program.init(self._jax.random.key(0))
         rows = sharding.process_rows(self._mesh, config.batch_size)
         stream = pipeline.batches(self._dataset.source, batch_size=config.batch_size, seed=0, rows=rows)
         self._runs[name] = [step, state, sharding.put_batch(next(stream), self._mesh)]
@@ -358,6 +375,26 @@ def growth(config: Any, repeats: int) -> dict[str, Any]:
     return rows
 
 
+def compile_times(config: Any, repeats: int) -> dict[str, Any]:
+    """Seconds that tracing and compiling the step take, at the recipe's depth and at twice that depth."""
+    from sra_jax import config as config_lib
+
+    figures: dict[str, list[float]] = {"as given": [], "depth x2": []}
+    for _ in range(repeats):
+        for name, factor in (("as given", 1), ("depth x2", 2)):
+            changed = config.copy_and_resolve_references()
+            changed.model.depth *= factor
+            side = Remote("jax", config_lib.to_json(changed))  # a process that has compiled nothing yet
+            figures[name].append(side.call("compile", "sra"))
+            side.close()
+    return {
+        "config": config.name, "depth": config.model.depth,
+        "compile_seconds": statistics.median(figures["as given"]),
+        "compile_seconds_depth_x2": statistics.median(figures["depth x2"]),
+        "depth_x2_over_depth": ratio(figures["depth x2"], figures["as given"]),
+    }  # fmt: skip
+
+
 def sampler(config: Any, peer: str, repeats: int, count: int) -> dict[str, Any]:
     """One batch of samples of ours and of the peer's loop."""
     from sra_jax import config as config_lib
@@ -383,6 +420,42 @@ def sampler(config: Any, peer: str, repeats: int, count: int) -> dict[str, Any]:
         result |= {"peer_seconds": statistics.median(figures["peer"]),
                    "speedup_vs_peer": ratio(figures["peer"], figures["ours"])}  # fmt: skip
     return result
+
+
+def table(config: Any, peer: str, repeats: int, count: int) -> dict[str, Any]:
+    """Everything about one recipe; "markdown" is the table."""
+    half = config.copy_and_resolve_references()
+    half.batch_size = max(1, config.batch_size // 2)
+    result = {
+        "train_step": train_step(config, peer, repeats),
+        "sampler": sampler(config, peer, repeats, count),
+        "growth": growth(half, repeats),
+        "compile": compile_times(config, 1),
+    }
+    step, sampling, compiling = result["train_step"], result["sampler"], result["compile"]
+    rows = [("SRA step", f"{step['step_seconds']:.2f} s")]
+    if peer == "pytorch":
+        rows += [
+            ("PyTorch, whole teacher", f"{step['peer_step_seconds']:.2f} s, {step['speedup_vs_peer']:.2f}x ours"),
+            ("PyTorch, teacher cut at block n",
+             f"{step['peer_truncated_step_seconds']:.2f} s, {step['speedup_vs_truncated_peer']:.2f}x ours"),
+            ("sampling, PyTorch's loop over ours", f"{sampling['speedup_vs_peer']:.2f}"),
+            ("peak memory", f"{step['peak_memory_bytes'] / 1e9:.2f} GB "
+             f"(PyTorch {step['peer_peak_memory_bytes'] / 1e9:.2f} GB)"),
+        ]  # fmt: skip
+    rows += [
+        ("SRA step over the baseline's", f"{step['sra_over_baseline']:.2f}"),
+        ("share of the matmul rate", f"{step['matmul_share']:.0%} of "
+         f"{step['matmul_flops_per_second'] / 1e9:.0f} GFLOP/s"),
+        ("tracing and compiling", f"{compiling['compile_seconds']:.1f} s, at twice the depth "
+         f"{compiling['compile_seconds_depth_x2']:.1f} s"),
+    ]  # fmt: skip
+    rows += [
+        (f"step with {name} (arithmetic {row['arithmetic_ratio']:.2f}x)", f"{row['time_ratio']:.2f}x")
+        for name, row in result["growth"].items()
+        if name != "as given"
+    ]
+    return result | {"markdown": ["| what | measured |", "| --- | --- |", *(f"| {a} | {b} |" for a, b in rows)]}
 
 
 def define_flags() -> None:
@@ -438,10 +511,14 @@ def main(command: str) -> None:
         result = train_step(config, given.peer, given.repeats)
     elif command == "growth":
         result = growth(config, given.repeats)
-    else:
+    elif command == "compile":
+        result = compile_times(config, given.repeats)
+    elif command == "sampler":
         result = sampler(config, given.peer, given.repeats, given.samples)
+    else:
+        result = table(config, given.peer, given.repeats, given.samples)
     text = json.dumps(result, indent=2)
-    print(text)
+    print(*result["markdown"], sep="\n") if "markdown" in result else print(text)
     if given.json:
         pathlib.Path(given.json).write_text(text + "\n")
 
