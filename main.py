@@ -16,6 +16,11 @@ step, saves and exits with code 75.
 Exit codes: 0 done, 1 the run failed (a loss that is not finite), 2 bad input, 75 preempted: saved, start it again.
 """
 
+from sra_jax import memory_pages
+
+if __name__ == "__main__":
+    memory_pages.use_large_pages()
+
 from pathlib import Path
 
 from absl import flags

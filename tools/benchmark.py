@@ -7,9 +7,16 @@
   # step time against batch size, tokens and depth
   python tools/benchmark.py growth --config=configs/sit_b2.py --config.batch_size=4
 
+  # tracing and compiling the step, at the recipe's depth and at twice that depth
+  python tools/benchmark.py compile --config=configs/sit_xl2.py
+
   # 250 steps of the paper's sampler with guidance on [0, 0.7] (a share of them; the loop is the same)
   python tools/benchmark.py sampler --config=configs/sit_b2.py --config.sampling.guidance_scale=1.8 \\
       --config.sampling.guidance_interval=0,0.7 --samples=4 --peer=pytorch
+
+  # all of the above, as the table of the README
+  python tools/benchmark.py table --config=configs/sit_b2.py --config.batch_size=8 --peer=pytorch --repeats=3 \\
+      --config.sampling.steps=20 --config.sampling.guidance_scale=1.8 --config.sampling.guidance_interval=0,0.7
 
   # reading latents; encoding images; the FID network; the metrics: options by --help
   python tools/benchmark.py data --folder=FOLDER
@@ -18,8 +25,9 @@
   python tools/benchmark.py metrics
 
 Data is synthetic and dtype float32 unless the flags say otherwise (--config.dtype=bfloat16 is kept with --keep_dtype).
-The sides take turns, each in a process of its own, so that neither sees the other's memory or threads; every figure is
-the median over --repeats rounds, a ratio the median of the rounds' ratios. Arithmetic is counted analytically
+The sides take turns, each in a process of its own, so that neither sees the other's memory or threads; each turn begins
+with a run that is not counted; every figure is the median over --repeats rounds, a ratio the median of the rounds'
+ratios. Arithmetic is counted analytically
 (sra_jax/models/flops.py); `matmul_share` relates it to the rate of a 4096x4096 product measured in the same rounds.
 """
 
@@ -39,7 +47,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 
 import numpy as np
 
-COMMANDS = ("train_step", "growth", "sampler", "data", "vae", "inception", "metrics")
+from sra_jax import memory_pages
+
+COMMANDS = ("train_step", "growth", "compile", "sampler", "table", "data", "vae", "inception", "metrics")
 ELSEWHERE = {
     "data": ("benchmark_data", "read"), "vae": ("benchmark_data", "encode"),
     "inception": ("benchmark_evaluation", "network"), "metrics": ("benchmark_evaluation", "metrics"),
@@ -71,20 +81,30 @@ class JaxSide:
         self._operand = jax.device_put(side)
         self._product = jax.jit(lambda a: jax.numpy.matmul(a, a, precision="highest"))
 
-    def prepare(self, name: str) -> dict[str, float]:
-        """Compile and warm up "sra" or "baseline"; how long the compiler took."""
-        from sra_jax.data import pipeline
-        from sra_jax.training import loop, sharding
+    def _compile(self, name: str) -> tuple[Any, Any, Any, float]:
+        """The config with SRA or without it, its programs, its compiled step, seconds of tracing and compiling."""
+        from sra_jax.training import loop
 
         config = self._config.copy_and_resolve_references()
         with config.unlocked():
             config.alignment.enabled = name == "sra"
         program = loop.build(config, self._mesh, self._dataset, config.steps)
-        state = program.init(self._jax.random.key(0))
         start = time.perf_counter()
         shapes = loop.abstract_batch(self._dataset, config.batch_size, self._mesh)
         step = program.train_step.lower(program.state, shapes).compile()
-        seconds = time.perf_counter() - start
+        return config, program, step, time.perf_counter() - start
+
+    def compile(self, name: str) -> float:
+        """Seconds of tracing and compiling the step of "sra" or "baseline"; nothing is run."""
+        return self._compile(name)[-1]
+
+    def prepare(self, name: str) -> dict[str, float]:
+        """Compile and warm up "sra" or "baseline"; how long the compiler took."""
+        from sra_jax.data import pipeline
+        from sra_jax.training import sharding
+
+        config, program, step, seconds = self._compile(name)
+        state = program.init(self._jax.random.key(0))
         rows = sharding.process_rows(self._mesh, config.batch_size)
         stream = pipeline.batches(self._dataset.source, batch_size=config.batch_size, seed=0, rows=rows)
         self._runs[name] = [step, state, sharding.put_batch(next(stream), self._mesh)]
@@ -124,7 +144,6 @@ class JaxSide:
 
     def rate(self) -> float:
         """Operations a second of a large product."""
-        self._jax.block_until_ready(self._product(self._operand))
         start = time.perf_counter()
         self._jax.block_until_ready(self._product(self._operand))
         return 2 * MATMUL**3 / (time.perf_counter() - start)
@@ -206,13 +225,24 @@ def _serve(connection: Any, side: str, config_json: str) -> None:
 
 
 class Remote:
-    """A side in a process of its own; its methods are called by name."""
+    """A side in a process of its own; its methods are called by name.
+
+    Ours starts as main.py does, with large memory pages where they help (sra_jax/memory_pages.py); the peer as PyTorch
+    starts by itself, unless --peer_large_pages is given.
+    """
 
     def __init__(self, side: str, config_json: str):
+        from absl import flags
+
+        large = side == "jax" or flags.FLAGS.peer_large_pages
         context = multiprocessing.get_context("spawn")
         self._connection, other = context.Pipe()
         self._process = context.Process(target=_serve, args=(other, side, config_json), daemon=True)
-        self._process.start()
+        before = os.environ.copy()
+        os.environ.update((large and memory_pages.with_large_pages(before)) or {})
+        self._process.start()  # with the environment of this moment
+        os.environ.clear()
+        os.environ.update(before)
         other.close()
 
     def call(self, method: str, *arguments: Any) -> Any:
@@ -227,10 +257,15 @@ class Remote:
 
 
 def alternate(calls: Mapping[str, Callable[[], float]], repeats: int, note: Callable[[str], None]) -> dict[str, list]:
-    """Every call in turn, `repeats` times: all figures of each."""
+    """Every call in turn, `repeats` times: all figures of each.
+
+    A turn begins with a call that is not counted: a process that has been idle finds its caches cold and, in a virtual
+    machine, memory that has gone back to the host.
+    """
     figures: dict[str, list[float]] = {name: [] for name in calls}
     for round_number in range(repeats):
         for name, call in calls.items():
+            call()
             figures[name].append(call())
         note(f"round {round_number + 1} of {repeats}: " + ", ".join(f"{n} {f[-1]:.4g}" for n, f in figures.items()))
     return figures
@@ -340,6 +375,26 @@ def growth(config: Any, repeats: int) -> dict[str, Any]:
     return rows
 
 
+def compile_times(config: Any, repeats: int) -> dict[str, Any]:
+    """Seconds that tracing and compiling the step take, at the recipe's depth and at twice that depth."""
+    from sra_jax import config as config_lib
+
+    figures: dict[str, list[float]] = {"as given": [], "depth x2": []}
+    for _ in range(repeats):
+        for name, factor in (("as given", 1), ("depth x2", 2)):
+            changed = config.copy_and_resolve_references()
+            changed.model.depth *= factor
+            side = Remote("jax", config_lib.to_json(changed))  # a process that has compiled nothing yet
+            figures[name].append(side.call("compile", "sra"))
+            side.close()
+    return {
+        "config": config.name, "depth": config.model.depth,
+        "compile_seconds": statistics.median(figures["as given"]),
+        "compile_seconds_depth_x2": statistics.median(figures["depth x2"]),
+        "depth_x2_over_depth": ratio(figures["depth x2"], figures["as given"]),
+    }  # fmt: skip
+
+
 def sampler(config: Any, peer: str, repeats: int, count: int) -> dict[str, Any]:
     """One batch of samples of ours and of the peer's loop."""
     from sra_jax import config as config_lib
@@ -367,6 +422,42 @@ def sampler(config: Any, peer: str, repeats: int, count: int) -> dict[str, Any]:
     return result
 
 
+def table(config: Any, peer: str, repeats: int, count: int) -> dict[str, Any]:
+    """Everything about one recipe; "markdown" is the table."""
+    half = config.copy_and_resolve_references()
+    half.batch_size = max(1, config.batch_size // 2)
+    result = {
+        "train_step": train_step(config, peer, repeats),
+        "sampler": sampler(config, peer, repeats, count),
+        "growth": growth(half, repeats),
+        "compile": compile_times(config, 1),
+    }
+    step, sampling, compiling = result["train_step"], result["sampler"], result["compile"]
+    rows = [("SRA step", f"{step['step_seconds']:.2f} s")]
+    if peer == "pytorch":
+        rows += [
+            ("PyTorch, whole teacher", f"{step['peer_step_seconds']:.2f} s, {step['speedup_vs_peer']:.2f}x ours"),
+            ("PyTorch, teacher cut at block n",
+             f"{step['peer_truncated_step_seconds']:.2f} s, {step['speedup_vs_truncated_peer']:.2f}x ours"),
+            ("sampling, PyTorch's loop over ours", f"{sampling['speedup_vs_peer']:.2f}"),
+            ("peak memory", f"{step['peak_memory_bytes'] / 1e9:.2f} GB "
+             f"(PyTorch {step['peer_peak_memory_bytes'] / 1e9:.2f} GB)"),
+        ]  # fmt: skip
+    rows += [
+        ("SRA step over the baseline's", f"{step['sra_over_baseline']:.2f}"),
+        ("share of the matmul rate", f"{step['matmul_share']:.0%} of "
+         f"{step['matmul_flops_per_second'] / 1e9:.0f} GFLOP/s"),
+        ("tracing and compiling", f"{compiling['compile_seconds']:.1f} s, at twice the depth "
+         f"{compiling['compile_seconds_depth_x2']:.1f} s"),
+    ]  # fmt: skip
+    rows += [
+        (f"step with {name} (arithmetic {row['arithmetic_ratio']:.2f}x)", f"{row['time_ratio']:.2f}x")
+        for name, row in result["growth"].items()
+        if name != "as given"
+    ]
+    return result | {"markdown": ["| what | measured |", "| --- | --- |", *(f"| {a} | {b} |" for a, b in rows)]}
+
+
 def define_flags() -> None:
     """Flags of the commands that live in this file."""
     from absl import flags
@@ -374,6 +465,7 @@ def define_flags() -> None:
 
     config_flags.DEFINE_config_file("config", None, "The recipe; its data is replaced by synthetic latents.")
     flags.DEFINE_enum("peer", "none", ["none", "pytorch"], "What to measure beside ours.")
+    flags.DEFINE_bool("peer_large_pages", False, "Start PyTorch with large memory pages, as main.py starts itself.")
     flags.DEFINE_integer("repeats", 5, "Rounds, in each of which every side runs once.", lower_bound=1)
     flags.DEFINE_integer("samples", 4, "sampler: samples at a time.", lower_bound=1)
     flags.DEFINE_string("json", None, "Write the result to this file, too; an old one is replaced.")
@@ -419,10 +511,14 @@ def main(command: str) -> None:
         result = train_step(config, given.peer, given.repeats)
     elif command == "growth":
         result = growth(config, given.repeats)
-    else:
+    elif command == "compile":
+        result = compile_times(config, given.repeats)
+    elif command == "sampler":
         result = sampler(config, given.peer, given.repeats, given.samples)
+    else:
+        result = table(config, given.peer, given.repeats, given.samples)
     text = json.dumps(result, indent=2)
-    print(text)
+    print(*result["markdown"], sep="\n") if "markdown" in result else print(text)
     if given.json:
         pathlib.Path(given.json).write_text(text + "\n")
 

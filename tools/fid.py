@@ -32,6 +32,11 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
+from sra_jax import memory_pages
+
+if __name__ == "__main__":
+    memory_pages.use_large_pages()
+
 from absl import flags
 
 from sra_jax import cli

@@ -38,6 +38,11 @@ from collections.abc import Callable
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
+from sra_jax import memory_pages
+
+if __name__ == "__main__":
+    memory_pages.use_large_pages()
+
 import jax
 import jax.numpy as jnp
 from absl import flags

@@ -17,6 +17,11 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
+from sra_jax import memory_pages
+
+if __name__ == "__main__":
+    memory_pages.use_large_pages()
+
 import numpy as np
 from absl import flags
 from tqdm import tqdm
