@@ -1,7 +1,8 @@
 """Fixed-size records of ArrayRecord files, read straight into the arrays of a batch.
 
-ArrayRecord's reader hands out a new `bytes` object a record, after three copies on the way to it. A training set is read
-over and over, so here each record is one system call that copies it from the page cache to its place in the batch.
+ArrayRecord's reader makes a `bytes` object of each record, and copies it more than once on the way there. A training
+set is read over and over, so here a record is copied once, by one system call, from the page cache to its place in the
+batch.
 
 An ArrayRecord file is a Riegeli/records file, whose format is specified at
 https://github.com/google/riegeli/blob/master/doc/riegeli_records_file_format.md. Written with one record a chunk and
