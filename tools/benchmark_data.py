@@ -1,7 +1,7 @@
 """Measure reading prepared latents and encoding images, each against its counterpart in the PyTorch world.
 
   # latents: shards against a loop over one .npy file an example, alternating, warm and (as root, on Linux) cold;
-  # "pipeline" is what training reads from, with its shuffling and its threads or --workers
+  # "pipeline" is what training reads from, with its shuffling and its threads
   python tools/benchmark_data.py --job=read --folder=/tmp/benchmark --examples=8192
 
   # encoding: our autoencoder against diffusers' (needs torch and diffusers; weights are random, sizes are SD's)
@@ -43,7 +43,6 @@ flags.DEFINE_integer("examples", 8192, "read: examples, with 32x32x4 means and s
 flags.DEFINE_integer("shard_size", 4096, "read: examples a shard.")
 flags.DEFINE_integer("batch_size", 256, "Examples a batch (read), images (encode: 4 is enough).")
 flags.DEFINE_integer("epochs", 4, "read: how often the pipeline, which starts anew each round, goes over the examples.")
-flags.DEFINE_integer("workers", 0, "read: processes that read ahead in the pipeline; 0 reads in threads.")
 flags.DEFINE_integer("image_size", 256, "encode: side of the images.")
 flags.DEFINE_integer("rounds", 5, "How often each contestant runs.")
 
@@ -73,7 +72,7 @@ def train(source: latents.LatentSource, epochs: int) -> int:
     """Take batches as training does and do nothing with them; the number of examples."""
     rows = range(FLAGS.batch_size)
     count = epochs * len(source) // len(rows)
-    stream = pipeline.batches(source, batch_size=len(rows), seed=0, rows=rows, workers=FLAGS.workers)
+    stream = pipeline.batches(source, batch_size=len(rows), seed=0, rows=rows)
     for _ in itertools.islice(stream, count):
         pass
     stream.close()
