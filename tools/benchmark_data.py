@@ -1,15 +1,18 @@
 """Measure reading prepared latents and encoding images, each against its counterpart in the PyTorch world.
 
-  # latents: shards against a loop over one .npy file an example, alternating, warm and (as root, on Linux) cold
+  # latents: shards against a loop over one .npy file an example, alternating, warm and (as root, on Linux) cold;
+  # "pipeline" is what training reads from, with its shuffling and its threads
   python tools/benchmark_data.py --job=read --folder=/tmp/benchmark --examples=8192
 
   # encoding: our autoencoder against diffusers' (needs torch and diffusers; weights are random, sizes are SD's)
   python tools/benchmark_data.py --job=encode --folder=/tmp/benchmark
 
-The data that is made in --folder is kept and used again. Every figure is the best and the median of --rounds rounds, in
+The data that is made in --folder is kept and used again. Every figure is the median or the best of --rounds rounds, in
 which the contestants take turns.
 """
 
+import functools
+import itertools
 import json
 import os
 import pathlib
@@ -26,7 +29,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from sra_jax import cli
-from sra_jax.data import latents
+from sra_jax.data import latents, pipeline
 from sra_jax.data.moments import MomentsFolder
 from sra_jax.data.preparation import MomentsCopier, prepare
 from sra_jax.errors import UserError
@@ -39,29 +42,41 @@ flags.DEFINE_string("folder", None, "Where test data is made, on the disk that i
 flags.DEFINE_integer("examples", 8192, "read: examples, with 32x32x4 means and standard deviations.")
 flags.DEFINE_integer("shard_size", 4096, "read: examples a shard.")
 flags.DEFINE_integer("batch_size", 256, "Examples a batch (read), images (encode: 4 is enough).")
+flags.DEFINE_integer("epochs", 4, "read: how often the pipeline, which starts anew each round, goes over the examples.")
 flags.DEFINE_integer("image_size", 256, "encode: side of the images.")
 flags.DEFINE_integer("rounds", 5, "How often each contestant runs.")
 
 
-def race(contestants: dict[str, Callable[[], None]], items: int, before: Callable[[], None] = lambda: None) -> None:
-    """Run all contestants in turn --rounds times and print items a second of each."""
+def race(contestants: dict[str, Callable[[], int]], before: Callable[[], None] = lambda: None) -> None:
+    """Run all contestants, which return how many items they worked on, in turn --rounds times and print their speed."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(FLAGS.rounds):
         for name, run in contestants.items():
             before()
             start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
+            items = run()
+            seconds[name].append((time.perf_counter() - start) / items)
     baseline = statistics.median(next(iter(seconds.values())))
     for name, times in seconds.items():
         median = statistics.median(times)
-        print(f"  {name:34s} {items / median:9.2f}/s, best {items / min(times):9.2f}/s, {baseline / median:5.2f}x")
+        print(f"  {name:34s} {1 / median:9.2f}/s, best {1 / min(times):9.2f}/s, {baseline / median:5.2f}x")
 
 
 def drop_caches() -> None:
     """Empty Linux's page cache."""
     os.sync()
     pathlib.Path("/proc/sys/vm/drop_caches").write_text("3")
+
+
+def train(source: latents.LatentSource, epochs: int) -> int:
+    """Take batches as training does and do nothing with them; the number of examples."""
+    rows = range(FLAGS.batch_size)
+    count = epochs * len(source) // len(rows)
+    stream = pipeline.batches(source, batch_size=len(rows), seed=0, rows=rows)
+    for _ in itertools.islice(stream, count):
+        pass
+    stream.close()
+    return count * len(rows)
 
 
 def read() -> None:
@@ -79,11 +94,13 @@ def read() -> None:
     order = rng.permutation(FLAGS.examples)
     batches = [order[i : i + FLAGS.batch_size] for i in range(0, FLAGS.examples, FLAGS.batch_size)]
 
-    def npy_loop() -> None:
+    def npy_loop() -> int:
         for batch in batches:
             np.stack([np.load(npy / names[i]) for i in batch])
+        return FLAGS.examples
 
-    contestants: dict[str, Callable[[], None]] = {"loop over .npy files": npy_loop}
+    sources: dict[str, latents.LatentSource] = {}
+    contestants: dict[str, Callable[[], int]] = {"loop over .npy files": npy_loop}
     for dtype in ("float32", "float16"):
         output = folder / f"shards{FLAGS.examples}-{FLAGS.shard_size}-{dtype}"
         source = MomentsFolder(str(npy))
@@ -105,29 +122,34 @@ def read() -> None:
         )
         loaded = latents.load(data).source
 
-        def one_by_one(examples: latents.LatentSource = loaded) -> None:
+        def one_by_one(examples: latents.LatentSource = loaded) -> int:
             for batch in batches:
                 read = [examples[i] for i in batch]
                 for key in ("mean", "std", "label"):
                     np.stack([example[key] for example in read])
+            return FLAGS.examples
 
-        def in_batches(examples: latents.LatentSource = loaded) -> None:
+        def in_batches(examples: latents.LatentSource = loaded) -> int:
             for batch in batches:
                 examples.read_batch(batch)
+            return FLAGS.examples
 
         contestants[f"{dtype} shards, read_batch"] = in_batches
         contestants[f"{dtype} shards, one by one"] = one_by_one
-    print(f"reading and batching {FLAGS.examples} examples in random order, one process, page cache warm")
-    for run in contestants.values():
+        sources[f"{dtype} shards, pipeline"] = loaded
+    print(f"reading and batching {FLAGS.examples} examples in random order, page cache warm")
+    warm = contestants | {name: functools.partial(train, source, FLAGS.epochs) for name, source in sources.items()}
+    for run in warm.values():
         run()
-    race(contestants, FLAGS.examples)
+    race(warm)
     try:
         drop_caches()
     except OSError as error:
         print(f"page cache cold: not measured, it cannot be emptied ({error})")
         return
     print("the same, page cache emptied before each round")
-    race(contestants, FLAGS.examples, drop_caches)
+    cold = contestants | {name: functools.partial(train, source, 1) for name, source in sources.items()}
+    race(cold, drop_caches)
 
 
 def encode() -> None:
@@ -168,13 +190,17 @@ def encode() -> None:
     mean = np.moveaxis(run_theirs(theirs, first), 1, -1)
     difference = np.abs(np.asarray(ours.encode(on_device)[0]) - mean).max() / np.abs(mean).max()
     print(f"encoding {count} images of {FLAGS.image_size} pixels in float32; means differ by {difference:.1e} relative")
+
+    def run_ours() -> int:
+        jax.block_until_ready(ours.encode(on_device))
+        return count
+
     race(
         {
-            "diffusers": lambda: run_theirs(theirs, first),
-            "diffusers, channels last": lambda: run_theirs(theirs_last, last),
-            "sra_jax": lambda: jax.block_until_ready(ours.encode(on_device)),
-        },
-        count,
+            "diffusers": lambda: len(run_theirs(theirs, first)),
+            "diffusers, channels last": lambda: len(run_theirs(theirs_last, last)),
+            "sra_jax": run_ours,
+        }
     )
 
 

@@ -1,5 +1,7 @@
 """From random access examples to an endless stream of batches, the same for any number of processes."""
 
+import functools
+import sys
 from collections.abc import Iterator, Sequence
 
 import grain
@@ -11,24 +13,45 @@ READ_THREADS = 2
 PREFETCH_BATCHES = 4
 
 
+@functools.lru_cache(maxsize=2)
+def epoch_order(examples: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of one epoch: a permutation (examples,) of 0, ..., examples - 1 that depends on all arguments alone.
+
+    NumPy promises that RandomState, MT19937 and SeedSequence give the same numbers in all its versions.
+    """
+    random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence((seed, epoch))))
+    order = random.permutation(examples)
+    order.setflags(write=False)  # threads share it
+    return order
+
+
 class _Batches:
     """One process's part of every global batch: rows `rows` of batch k, stacked, for k = 0, 1, ..."""
 
-    def __init__(self, source: ExampleSource, order: grain.MapDataset, rows: Sequence[int], batch_size: int):
+    def __init__(self, source: ExampleSource, batch_size: int, seed: int, rows: Sequence[int]):
         self._source = source
-        self._order = order
-        self._rows = [int(row) for row in rows]
         self._batch_size = batch_size
+        self._seed = seed
+        self._rows = np.asarray(rows, np.int64)
 
     def __len__(self) -> int:
-        return len(self._order) // self._batch_size
+        return sys.maxsize // self._batch_size  # endless, for grain
 
     def __getitem__(self, batch: int) -> dict[str, np.ndarray]:
-        indices = [self._order[batch * self._batch_size + row] for row in self._rows]
+        indices = self._indices(batch)
         if hasattr(self._source, "read_batch"):
             return self._source.read_batch(indices)
-        examples = [self._source[index] for index in indices]
+        examples = [self._source[index] for index in indices.tolist()]
         return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
+
+    def _indices(self, batch: int) -> np.ndarray:
+        """The examples in this process's rows of a global batch, which may reach over ends of epochs."""
+        epochs, places = np.divmod(batch * self._batch_size + self._rows, len(self._source))
+        indices = np.empty_like(places)
+        for epoch in np.unique(epochs).tolist():
+            inside = epochs == epoch
+            indices[inside] = epoch_order(len(self._source), self._seed, epoch)[places[inside]]
+        return indices
 
 
 def batches(
@@ -37,7 +60,7 @@ def batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Batches `start`, `start` + 1, ... of this process.
 
-    The examples of all epochs form one sequence, each epoch a new permutation by (seed, epoch); global batch k is its
+    The examples of all epochs form one sequence, epoch by epoch in the order of `epoch_order`; global batch k is its
     entries k * batch_size to (k + 1) * batch_size - 1. So every epoch covers every example exactly once, no example is
     dropped at its end, and neither the number of processes nor a resume changes which examples are in batch k. The
     state of the stream is the number of the next batch.
@@ -54,8 +77,7 @@ def batches(
     Returns:
       An endless iterator over dicts of arrays (len(rows), ...).
     """
-    order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
-    stream = grain.MapDataset.source(_Batches(source, order, rows, batch_size))[start:].to_iter_dataset(
+    stream = grain.MapDataset.source(_Batches(source, batch_size, seed, rows))[start:].to_iter_dataset(
         grain.ReadOptions(num_threads=threads, prefetch_buffer_size=PREFETCH_BATCHES)
     )
     if workers:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from array_record.python import array_record_module
 
+from sra_jax.data import record_files
 from sra_jax.errors import UserError
 from sra_jax.interop import autoencoder as vae_interop
 from sra_jax.models.autoencoder import AutoencoderConfig
@@ -30,8 +31,6 @@ REPAIR = (
 )
 PROGRESS_FOLDER = "progress"
 _SETTINGS_FILE = "settings.json"
-# one record a chunk: a random read fetches that record alone
-_WRITER_OPTIONS = "group_size:1,uncompressed"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,27 +50,23 @@ class RecordLayout:
         return jnp.dtype(self.dtype)
 
     @functools.cached_property
+    def moment_bytes(self) -> int:
+        """Size of the mean, and of the standard deviation."""
+        return int(np.prod(self.shape)) * self.numpy_dtype.itemsize
+
+    @functools.cached_property
     def record_bytes(self) -> int:
-        return 2 * int(np.prod(self.shape)) * self.numpy_dtype.itemsize + 4
+        return 2 * self.moment_bytes + 4
 
     def to_bytes(self, moments: np.ndarray, label: int) -> bytes:
         """Moments (2,H,W,C) of any floating type and a label, as a record."""
         return moments.astype(self.numpy_dtype).tobytes() + np.array(label, "<i4").tobytes()
 
-    def check(self, record: bytes) -> None:
-        """Raise a ValueError if the record has another size."""
-        if len(record) != self.record_bytes:
-            raise ValueError(f"a record has {len(record)} bytes instead of {self.record_bytes}")
-
-    def split(self, record: bytes) -> tuple[np.ndarray, int]:
-        """Moments (2,H,W,C) in the layout's dtype, a read-only view of the record's bytes, and the label."""
-        moments = np.ndarray((2, *self.shape), self.numpy_dtype, record)
-        return moments, int.from_bytes(record[-4:], "little", signed=True)
-
     def from_bytes(self, record: bytes) -> dict[str, np.ndarray]:
         """An example: `mean` and `std` (H,W,C) in the layout's dtype, `label` () int32."""
-        moments, label = self.split(record)
-        return {"mean": moments[0], "std": moments[1], "label": np.array(label, np.int32)}
+        mean, std = np.ndarray((2, *self.shape), self.numpy_dtype, record)
+        label = int.from_bytes(record[-4:], "little", signed=True)
+        return {"mean": mean, "std": std, "label": np.array(label, np.int32)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -309,7 +304,7 @@ class ShardWriter:
         # a shard belongs to one process, so its temporary name is its own and a killed process's remains are reused
         partial = path.with_name(f".{path.name}.partial")
         partial.unlink(missing_ok=True)
-        writer = array_record_module.ArrayRecordWriter(str(partial), _WRITER_OPTIONS)
+        writer = array_record_module.ArrayRecordWriter(str(partial), record_files.WRITER_OPTIONS)
         number = 0
         try:
             for moments, label in examples:

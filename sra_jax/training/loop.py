@@ -1,6 +1,7 @@
 """A run from its config to its last checkpoint: everything that happens around the train step."""
 
 import dataclasses
+import gc
 import os
 import sys
 import time
@@ -240,6 +241,7 @@ def _run(
     evaluation = TrainingEvaluation(config, mesh, workdir) if config.evaluation.every else None
     journal = Journal(config, writer, bar, checkpoints)
     bar.set_description("training")
+    batch = None
     try:
         for step in range(first, steps):
             batch = sharding.put_batch(next(stream), mesh)
@@ -269,6 +271,9 @@ def _run(
                 journal.restart_clock()
         checkpoints.wait()
     finally:
+        stream.close()
+        batch = None
+        gc.collect()  # only then JAX gives the last batch back, which may lie in memory that workers share
         bar.close()
         if writer:
             writer.close()

@@ -72,6 +72,7 @@ def test_examples_are_the_stored_moments(dtype, moments, tiny_vae, tmp_path):
     for key in ("mean", "std", "label"):
         np.testing.assert_array_equal(batch[key], np.stack([source[i][key] for i in order]))
         assert batch[key].dtype == source[0][key].dtype
+        assert batch[key].flags.c_contiguous
 
 
 @pytest.mark.parametrize("dtype", shards.DTYPES)

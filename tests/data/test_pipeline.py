@@ -38,6 +38,12 @@ def test_seed_decides_the_order():
     assert not np.array_equal(take(3), take(3, seed=2))
 
 
+def test_the_order_of_a_seed_never_changes():
+    """A run that is resumed with other versions goes on with the examples that it would have read."""
+    np.testing.assert_array_equal(take(1)[0], [19, 15, 13, 20, 8, 1, 5, 6])
+    np.testing.assert_array_equal(np.concatenate(take(6, seed=5))[21:42], pipeline.epoch_order(21, 5, 1))
+
+
 @pytest.mark.parametrize("parts", [[range(4), range(4, 8)], [[0, 1, 6, 7], [2, 3, 4, 5]], [[i] for i in range(8)]])
 def test_processes_share_the_global_batches(parts):
     whole = take(6)
