@@ -51,7 +51,7 @@ def paper(size: str, name: str, student_block: int, teacher_block: int, image_si
     config.name = name
     config.batch_size = BATCH_SIZE
     config.dtype = "bfloat16"
-    config.data.update(name="latents", image_size=image_size // 8, channels=4, num_classes=1000, workers=8)
+    config.data.update(name="latents", image_size=image_size // 8, channels=4, num_classes=1000)
     # Keeping the products costs memory that 256 latent tokens have to spare, and four times as many do not.
     config.model.update(SIZES[size], patch=2, remat="dots" if image_size == 256 else "block")
     # The authors lower the weight by a tenth over so many epochs, once an epoch, after a first stretch.
