@@ -3,7 +3,7 @@
     python main.py --config=configs/fashion_mnist.py        (Debian: apt-get install dataset-fashion-mnist)
     python main.py --config=configs/fashion_mnist.py --config.data.path=idx:FOLDER     (the IDX files anywhere else)
     python main.py --config=configs/fashion_mnist.py --config.data.path=tfds:fashion_mnist     (prepared by TFDS)
-    python tools/fid.py --workdir=runs/fashion_mnist --reference=dataset --extractor=classifier --num_samples=5000
+    python tools/fid.py --workdir=runs/fashion_mnist --reference=dataset --extractor=classifier --num_samples=2500
 
 Patches of 4: 49 tokens of width 128, 1.9M parameters.
 """
@@ -28,5 +28,5 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.alignment.update(student_block=2, teacher_block=4)
     config.optimizer.update(learning_rate=1e-3, warmup_steps=200)
     config.ema.decay = 0.999
-    config.sampling.update(sampler="sde", steps=100, guidance_scale=1.5)
+    config.sampling.update(sampler="sde", steps=50, guidance_scale=1.5)
     return common.variant(config, variant)
