@@ -39,7 +39,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from sra_jax import cli
+from sra_jax import cli, whole_files
 from sra_jax import config as config_lib
 from sra_jax.errors import UserError
 from sra_jax.models.flops import train_step_flops
@@ -151,9 +151,7 @@ def lower_for_cuda(config: ConfigDict) -> int:
 def write_json(content: object) -> None:
     """To --json, whole or not at all."""
     if FLAGS.json:
-        part = pathlib.Path(f"{FLAGS.json}.part")
-        part.write_text(json.dumps(content, indent=2) + "\n")
-        os.replace(part, FLAGS.json)
+        whole_files.write_text(pathlib.Path(FLAGS.json), json.dumps(content, indent=2) + "\n")
 
 
 if __name__ == "__main__":

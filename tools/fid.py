@@ -26,7 +26,6 @@ evaluation/step_*.json there. Exit codes: 0 done, 2 bad input.
 """
 
 import json
-import os
 import pathlib
 import sys
 
@@ -39,7 +38,7 @@ if __name__ == "__main__":
 
 from absl import flags
 
-from sra_jax import cli
+from sra_jax import cli, whole_files
 from sra_jax.errors import UserError
 from sra_jax.evaluation import evaluate, runs
 from sra_jax.evaluation.datasets import OWN, is_dataset, named_images
@@ -223,9 +222,7 @@ def main() -> None:
     line = json.dumps(result)
     print(line)
     if FLAGS.json:
-        unfinished = f"{FLAGS.json}.{os.getpid()}.unfinished"
-        pathlib.Path(unfinished).write_text(line + "\n")
-        os.replace(unfinished, FLAGS.json)
+        whole_files.write_text(pathlib.Path(FLAGS.json), line + "\n")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ Exit codes: 0 done, 2 bad input.
 import csv
 import io
 import json
-import os
 import pathlib
 import sys
 
@@ -36,7 +35,7 @@ if __name__ == "__main__":
 import numpy as np
 from absl import flags
 
-from sra_jax import cli
+from sra_jax import cli, whole_files
 from sra_jax.data import registry as datasets
 from sra_jax.data.dataset import Dataset
 from sra_jax.errors import UserError
@@ -141,9 +140,7 @@ def write(output: pathlib.Path, records: list[dict], settings: Settings) -> None
             for block, accuracy in zip(settings.blocks, accuracies, strict=True):
                 rows.writerow([record["name"], record["workdir"], record["step"], level, block, f"{accuracy:.6f}"])
     for name, text in (("probe.json", json.dumps(result, indent=2) + "\n"), ("probe.csv", table.getvalue())):
-        part = output / f".{name}.part"
-        part.write_text(text)
-        os.replace(part, output / name)
+        whole_files.write_text(output / name, text)
     groups = {
         name: np.array([record["accuracy"] for record in records if record["name"] == name])
         for name in dict.fromkeys(record["name"] for record in records)

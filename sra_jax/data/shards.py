@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from array_record.python import array_record_module
 
+from sra_jax import whole_files
 from sra_jax.data import record_files
 from sra_jax.errors import UserError
 from sra_jax.interop import autoencoder as vae_interop
@@ -228,13 +229,6 @@ def file_sha256(path: str | os.PathLike) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file that appears only whole; another process may do the same at the same time."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
 def shard_file(index: int, count: int) -> str:
     """The name of shard `index` of `count`."""
     return f"latents-{index:05d}-of-{count:05d}.arrayrecord"
@@ -268,7 +262,7 @@ class ShardWriter:
             raise UserError(f"{self.folder} is not empty and holds no latents: name a new folder")
         self._progress.mkdir(parents=True, exist_ok=True)
         if not settings_path.exists():
-            write_whole(settings_path, json.dumps(settings, indent=1) + "\n")
+            whole_files.write_text(settings_path, json.dumps(settings, indent=1) + "\n")
         before = json.loads(settings_path.read_text())
         if before != settings:
             changed = [
@@ -314,7 +308,7 @@ class ShardWriter:
             writer.close()
         shard = Shard(path.name, number, partial.stat().st_size, file_sha256(partial))
         os.replace(partial, path)
-        write_whole(
+        whole_files.write_text(
             self._done_path(index), json.dumps({"shard": dataclasses.asdict(shard), "skipped": skipped}, indent=1)
         )
         return shard
@@ -330,5 +324,5 @@ class ShardWriter:
             return False
         shards = tuple(shard for shard, _ in results)
         skipped = tuple(item for _, items in results for item in items)
-        write_whole(self.folder / MANIFEST_FILE, make_manifest(shards, skipped).to_json())
+        whole_files.write_text(self.folder / MANIFEST_FILE, make_manifest(shards, skipped).to_json())
         return True

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from sra_jax import whole_files
 from sra_jax.data import registry as datasets
 from sra_jax.errors import UserError
 from sra_jax.evaluation import evaluate
@@ -171,9 +172,7 @@ def write_result(workdir: Path, step: int, result: Mapping[str, Any]) -> Path:
     while path.exists():
         copies += 1
         path = folder / f"step_{step:07d}_{copies}.json"
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(result, indent=2) + "\n")
-    os.replace(part, path)
+    whole_files.write_text(path, json.dumps(result, indent=2) + "\n")
     return path
 
 

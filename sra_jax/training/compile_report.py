@@ -5,7 +5,6 @@ import hashlib
 import importlib.metadata
 import inspect
 import json
-import os
 import re
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from sra_jax import config as config_lib
+from sra_jax import whole_files
 from sra_jax.data import registry as datasets
 from sra_jax.evaluation.generation import Generator
 from sra_jax.models.flops import train_step_flops
@@ -129,9 +129,7 @@ def _kept(lowered: jax.stages.Lowered, wanted: Slice, results: Path) -> Report:
     if not path.exists():
         measured = _measure(lowered, wanted)
         results.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(measured, indent=2))
-        os.replace(part, path)
+        whole_files.write_text(path, json.dumps(measured, indent=2))
     return json.loads(path.read_text())
 
 

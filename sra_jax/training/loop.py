@@ -2,7 +2,6 @@
 
 import dataclasses
 import gc
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from sra_jax import config as config_lib
+from sra_jax import whole_files
 from sra_jax.data import pipeline
 from sra_jax.data import registry as datasets
 from sra_jax.data.dataset import Dataset
@@ -169,9 +169,7 @@ def prepare_workdir(config: ConfigDict, workdir: Path, allow_config_change: bool
 
 def _write_config(config: ConfigDict, workdir: Path) -> None:
     if jax.process_index() == 0:
-        part = workdir / f".{CONFIG}.part"
-        part.write_text(config_lib.to_json(config) + "\n")
-        os.replace(part, workdir / CONFIG)
+        whole_files.write_text(workdir / CONFIG, config_lib.to_json(config) + "\n")
 
 
 def begin(

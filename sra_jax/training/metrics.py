@@ -1,9 +1,10 @@
 """Metrics of a run: metrics.jsonl, one object a logged step, and TensorBoard events of the same."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
+
+from sra_jax import whole_files
 
 FILE = "metrics.jsonl"
 EVENTS = "tensorboard"
@@ -28,9 +29,7 @@ def keep_until(workdir: Path, step: int) -> None:
     path = workdir / FILE
     if not path.exists():
         return
-    part = path.with_name(f".{FILE}.part")
-    part.write_text("".join(json.dumps(r) + "\n" for r in read(workdir) if r["step"] <= step))
-    os.replace(part, path)
+    whole_files.write_text(path, "".join(json.dumps(r) + "\n" for r in read(workdir) if r["step"] <= step))
 
 
 class Writer:
