@@ -58,20 +58,13 @@ class LatentSource:
           UserError: names the shard of a record that cannot be read.
         """
         shard, records = self._locate(np.asarray(indices))
-        layout = self._layout
-        mean, std = np.empty((2, len(shard), layout.moment_bytes), np.uint8)
-        label = np.empty((len(shard), 4), np.uint8)
+        parts = self._layout.empty_parts(len(shard))
         try:
             files = [self._file(number) for number in shard.tolist()]
-            record_files.read_records(files, records, (mean, std, label))
+            record_files.read_records(files, records, parts)
         except record_files.UnreadableFileError as error:
             raise _unreadable(error) from error
-        shape = (len(shard), *layout.shape)
-        return {
-            "mean": mean.view(layout.numpy_dtype).reshape(shape),
-            "std": std.view(layout.numpy_dtype).reshape(shape),
-            "label": label.view("<i4").reshape(-1),
-        }
+        return self._layout.from_parts(*parts)
 
     def _locate(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The shard and the record in it of each index."""

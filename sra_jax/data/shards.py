@@ -65,9 +65,22 @@ class RecordLayout:
 
     def from_bytes(self, record: bytes) -> dict[str, np.ndarray]:
         """An example: `mean` and `std` (H,W,C) in the layout's dtype, `label` () int32."""
-        mean, std = np.ndarray((2, *self.shape), self.numpy_dtype, record)
-        label = int.from_bytes(record[-4:], "little", signed=True)
-        return {"mean": mean, "std": std, "label": np.array(label, np.int32)}
+        mean, std, label = np.split(np.frombuffer(record, np.uint8), [self.moment_bytes, 2 * self.moment_bytes])
+        return self.from_parts(mean, std, label)
+
+    def empty_parts(self, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Room for the parts of `count` records, mean, standard deviation and label: uint8 (count, bytes) each."""
+        mean, std = np.empty((2, count, self.moment_bytes), np.uint8)
+        return mean, std, np.empty((count, self.record_bytes - 2 * self.moment_bytes), np.uint8)
+
+    def from_parts(self, mean: np.ndarray, std: np.ndarray, label: np.ndarray) -> dict[str, np.ndarray]:
+        """Parts, uint8 (..., bytes), as examples: `mean` and `std` (...,H,W,C), `label` (...) int32; no copies."""
+        leading = label.shape[:-1]
+        return {
+            "mean": mean.view(self.numpy_dtype).reshape(*leading, *self.shape),
+            "std": std.view(self.numpy_dtype).reshape(*leading, *self.shape),
+            "label": label.view("<i4").reshape(leading),
+        }
 
 
 @dataclasses.dataclass(frozen=True)
