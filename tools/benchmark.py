@@ -27,8 +27,8 @@
 Data is synthetic and dtype float32 unless the flags say otherwise (--config.dtype=bfloat16 is kept with --keep_dtype).
 The sides take turns, each in a process of its own, so that neither sees the other's memory or threads; each turn begins
 with a run that is not counted; every figure is the median over --repeats rounds, a ratio the median of the rounds'
-ratios. Arithmetic is counted analytically
-(sra_jax/models/flops.py); `matmul_share` relates it to the rate of a 4096x4096 product measured in the same rounds.
+ratios. Arithmetic is counted analytically (sra_jax/models/flops.py); `matmul_share` relates it to the rate of a
+4096x4096 product measured in the same rounds.
 """
 
 import json
@@ -518,7 +518,7 @@ def main(command: str) -> None:
     else:
         result = table(config, given.peer, given.repeats, given.samples)
     text = json.dumps(result, indent=2)
-    print(*result["markdown"], sep="\n") if "markdown" in result else print(text)
+    print("\n".join(result["markdown"]) if command == "table" else text)
     if given.json:
         pathlib.Path(given.json).write_text(text + "\n")
 

@@ -144,7 +144,9 @@ class Attention(nnx.Module):
         self.out = nnx.LinearGeneral((config.heads, head_width), config.width, axis=(-2, -1), rngs=rngs, **options)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.out(jnp.moveaxis(attend(*jnp.moveaxis(self.qkv(x), (-3, -2), (0, 2)), self.config.precision), 1, 2))
+        q, k, v = jnp.moveaxis(self.qkv(x), (-3, -2), (0, 2))  # (B,H,N,D/H) each
+        mixed = attend(q, k, v, self.config.precision)
+        return self.out(jnp.moveaxis(mixed, 1, 2))
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, precision: jax.lax.Precision) -> jax.Array:
