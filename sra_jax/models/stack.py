@@ -8,13 +8,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sra_jax.models.operations import ATTENTION, PRODUCT
+
 REMAT_POLICIES = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(PRODUCT, ATTENTION),
+    ),
     "block": jax.checkpoint_policies.nothing_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-"""What is saved for the backward pass: everything; the results of the products with parameters (not the attention
+"""What is saved for the backward pass: everything; the results of products with parameters and of attention (not its
 scores); each block's input only; the input of about sqrt(depth) segments of blocks only, which costs a third forward
 pass."""
 
@@ -36,6 +41,7 @@ class Placement:
       block: applied to the parameters of one block just before they are used, in the forward and again in the backward
         pass: its result, a copy that is whole on every device, is never kept from the one to the other.
       others: applied to the parameters outside the blocks.
+      product: what multiplies activations by the parameters of a block, as `jax.lax.dot_general` does.
     """
 
     rows: Callable[[jax.Array], jax.Array] = _as_it_is
@@ -43,6 +49,7 @@ class Placement:
     modulation: Callable[[jax.Array], jax.Array] = _as_it_is
     block: Callable[[Any], Any] = _as_it_is
     others: Callable[[Any], Any] = _as_it_is
+    product: Callable[..., jax.Array] = jax.lax.dot_general
 
 
 ANYWHERE = Placement()

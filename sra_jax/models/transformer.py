@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from sra_jax.models import operations
 from sra_jax.models.stack import ANYWHERE, Placement, run_stack
 
 TIME_FREQUENCIES = 256
@@ -66,11 +67,13 @@ class TransformerConfig:
 
 def linear(
     config: TransformerConfig, features_in: int, features_out: int, rngs: nnx.Rngs, kernel_init: Any = xavier_uniform,
+    placement: Placement = ANYWHERE,
 ) -> nnx.Linear:
     """A linear layer with float32 parameters and products in the config's type."""
     return nnx.Linear(
-        features_in, features_out, kernel_init=kernel_init, dtype=config.dtype, precision=config.precision, rngs=rngs
-    )
+        features_in, features_out, kernel_init=kernel_init, dtype=config.dtype, precision=config.precision,
+        dot_general=placement.product, rngs=rngs,
+    )  # fmt: skip
 
 
 def layer_norm(x: jax.Array) -> jax.Array:
@@ -136,40 +139,27 @@ class TimeEmbedding(nnx.Module):
 class Attention(nnx.Module):
     """Multi-head self-attention (B,N,D) -> (B,N,D); softmax in float32."""
 
-    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs, placement: Placement = ANYWHERE):
         self.config = config
         head_width = config.width // config.heads
-        options = {"kernel_init": xavier_uniform, "dtype": config.dtype, "precision": config.precision}
+        options = {
+            "kernel_init": xavier_uniform, "dtype": config.dtype, "precision": config.precision,
+            "dot_general": placement.product,
+        }  # fmt: skip
         self.qkv = nnx.LinearGeneral(config.width, (3, config.heads, head_width), rngs=rngs, **options)
         self.out = nnx.LinearGeneral((config.heads, head_width), config.width, axis=(-2, -1), rngs=rngs, **options)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        q, k, v = jnp.moveaxis(self.qkv(x), (-3, -2), (0, 2))  # (B,H,N,D/H) each
-        mixed = attend(q, k, v, self.config.precision)
-        return self.out(jnp.moveaxis(mixed, 1, 2))
-
-
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, precision: jax.lax.Precision) -> jax.Array:
-    """softmax(q k^T / sqrt(d)) v for (B,H,N,d) each, in their type; softmax in float32.
-
-    The softmax is divided by its sum after the product with v, N/d times fewer divisions; on the CPU this also keeps
-    the compiler from fusing the whole into one slow loop.
-    """
-    types = {"precision": precision, "preferred_element_type": jnp.float32}
-    scores = jnp.einsum("bhqd,bhkd->bhqk", q, k, **types)
-    largest = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
-    weights = jnp.exp((scores - largest) * q.shape[-1] ** -0.5)
-    mixed = jnp.einsum("bhqk,bhkd->bhqd", weights.astype(v.dtype), v, **types)
-    return (mixed / weights.sum(axis=-1, keepdims=True)).astype(v.dtype)
+        return self.out(operations.attend(self.qkv(x), self.config.precision))
 
 
 class MLP(nnx.Module):
     """Linear, GELU in its tanh approximation, linear: (B,N,D) -> (B,N,D)."""
 
-    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs, placement: Placement = ANYWHERE):
         hidden = int(config.width * config.mlp_ratio)
-        self.hidden = linear(config, config.width, hidden, rngs)
-        self.out = linear(config, hidden, config.width, rngs)
+        self.hidden = linear(config, config.width, hidden, rngs, placement=placement)
+        self.out = linear(config, hidden, config.width, rngs, placement=placement)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.out(nnx.gelu(self.hidden(x), approximate=True))
@@ -180,8 +170,8 @@ class Block(nnx.Module):
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs, placement: Placement = ANYWHERE):
         self.placement = placement
-        self.attention = Attention(config, rngs=rngs)
-        self.mlp = MLP(config, rngs=rngs)
+        self.attention = Attention(config, rngs=rngs, placement=placement)
+        self.mlp = MLP(config, rngs=rngs, placement=placement)
         self.modulation = linear(config, config.width, 6 * config.width, rngs, zeros)
 
     def __call__(self, x: jax.Array, condition: jax.Array) -> jax.Array:

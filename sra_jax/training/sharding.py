@@ -14,7 +14,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sra_jax.models.stack import ANYWHERE, Placement
+from sra_jax.models import operations
+from sra_jax.models.stack import Placement
 
 BATCH = P(("data", "fsdp"))
 GATHERED = "fsdp"
@@ -85,8 +86,11 @@ def placement(mesh: Mesh, dtype: Any) -> Placement:
       mesh: the devices.
       dtype: type of the matrix products; parameters of blocks are cast to it before they travel.
     """
+    # A gain on CPUs, where parameters are whole; TPUs would have to lay kernels out anew.
+    whole = mesh.shape["fsdp"] == mesh.shape["model"] == 1
+    product = operations.product if whole and mesh.devices.flat[0].platform == "cpu" else jax.lax.dot_general
     if mesh.size == 1:
-        return ANYWHERE
+        return Placement(product=product)
 
     def rows(x: jax.Array) -> jax.Array:
         return jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
@@ -113,8 +117,8 @@ def placement(mesh: Mesh, dtype: Any) -> Placement:
         )
 
     if mesh.shape[GATHERED] == 1:
-        return Placement(rows=rows)
-    return Placement(rows=rows, shared=shared, modulation=modulation, block=block, others=others)
+        return Placement(rows=rows, product=product)
+    return Placement(rows=rows, shared=shared, modulation=modulation, block=block, others=others, product=product)
 
 
 def _gather(x: jax.Array, split: P, mesh: Mesh) -> jax.Array:

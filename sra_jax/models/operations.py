@@ -1,0 +1,150 @@
+"""The transformer's costly operations, with gradients written out so that compilers make no detours.
+
+What automatic differentiation derives is the same arithmetic, but it states the gradient of a kernel as (g^T x)^T, for
+which the CPU's compiler writes transposed copies of activations; it leaves the gradients of queries, keys and values
+apart, and each of their uses puts them together anew; and it computes attention's output again where only its weights
+are needed.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+PRODUCT, ATTENTION = "product", "attention"
+"""Names, for remat policies, of the results of `product` and of attention's output."""
+
+Precision = jax.lax.Precision
+
+
+def product(
+    x: jax.Array, kernel: jax.Array, dimension_numbers: Any, precision: Precision | None = None,
+    preferred_element_type: Any = None, out_sharding: None = None,
+) -> jax.Array:
+    """x (...,*I) times a kernel (*I,*O) -> (...,*O), as a product of matrices.
+
+    Stands in for `jax.lax.dot_general` in the layers of `flax.nnx`, where axes are not split over devices.
+
+    Args:
+      x: any number of leading axes; the axes I are last.
+      kernel: the axes I first.
+      dimension_numbers: as `jax.lax.dot_general` takes them; they can only say what is said here.
+      precision, preferred_element_type: as there.
+      out_sharding: None; layers pass it.
+
+    Raises:
+      ValueError: dimension numbers of another product, or a sharding.
+    """
+    (of_x, of_kernel), batch = dimension_numbers
+    count = len(of_x)
+    expected = (*range(x.ndim - count, x.ndim), *range(count))
+    if (*of_x, *of_kernel) != expected or any(batch) or out_sharding is not None:
+        raise ValueError(f"product contracts x's last axes with the kernel's first ones, not {dimension_numbers}")
+    rows, columns = x.shape[: x.ndim - count], kernel.shape[count:]
+    inner = math.prod(kernel.shape[:count])
+    result = _product(x.reshape(-1, inner), kernel.reshape(inner, -1), precision, preferred_element_type)
+    return checkpoint_name(result, PRODUCT).reshape(*rows, *columns)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _product(x: jax.Array, kernel: jax.Array, precision: Any, dtype: Any) -> jax.Array:
+    """(R,I), (I,O) -> (R,O)."""
+    return jnp.matmul(x, kernel, precision=precision, preferred_element_type=dtype)
+
+
+def _product_forward(x: jax.Array, kernel: jax.Array, *options: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _product(x, kernel, *options), (x, kernel)
+
+
+def _product_backward(
+    precision: Any, dtype: Any, saved: tuple[jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    del dtype
+    (x, kernel), gradient = saved, settled(gradient)
+
+    def contract(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
+        return jax.lax.dot_general(
+            a, b, (((axis,), (axis,)), ((), ())), precision=precision, preferred_element_type=a.dtype
+        )  # fmt: skip
+
+    return contract(gradient, kernel, 1).astype(x.dtype), contract(x, gradient, 0).astype(kernel.dtype)
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+def settled(x: jax.Array) -> jax.Array:
+    """x as the CPU's compiler has to write it down once, where it would compute it again in each of its uses."""
+    return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
+
+
+def attend(qkv: jax.Array, precision: Precision) -> jax.Array:
+    """softmax(q k^T / sqrt(d)) v over tokens, for each head.
+
+    Args:
+      qkv: queries, keys and values (B,N,3,H,d).
+      precision: of the products, whose results are float32, as the softmax is.
+
+    Returns:
+      (B,N,H,d) in the type of `qkv`.
+    """
+    return _attend(qkv, precision)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _attend(qkv: jax.Array, precision: Precision) -> jax.Array:
+    q, k, v = _heads_first(qkv)
+    weights = _weights(q, k, precision)
+    mixed = _einsum("bhqk,bhkd->bhqd", weights.astype(v.dtype), v, precision)
+    # Divided after the product with v, N/d times fewer divisions; on the CPU this also keeps the compiler from fusing
+    # the whole into one slow loop.
+    return jnp.moveaxis((mixed / weights.sum(axis=-1, keepdims=True)).astype(v.dtype), 1, 2)
+
+
+def _attend_forward(qkv: jax.Array, precision: Precision) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    output = checkpoint_name(_attend(qkv, precision), ATTENTION)
+    return output, (qkv, output)
+
+
+def _attend_backward(
+    precision: Precision, saved: tuple[jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array]:
+    """As in FlashAttention (Dao et al., arXiv 2205.14135, section B.2): the weights w again, the output not.
+
+    With o = w v / z and z the sum of w over keys, the gradient of a score is w (g v^T - (g . o)) / z.
+    """
+    qkv, output = saved
+    q, k, v = _heads_first(qkv)
+    weights = _weights(q, k, precision)
+    gradient, output = (jnp.moveaxis(x, 2, 1).astype(jnp.float32) for x in (gradient, output))
+    gradient = gradient / weights.sum(axis=-1, keepdims=True)
+    along_output = (gradient * output).sum(axis=-1, keepdims=True)
+    gradient = gradient.astype(v.dtype)
+    of_v = _einsum("bhqk,bhqd->bhkd", weights.astype(v.dtype), gradient, precision)
+    of_weights = _einsum("bhqd,bhkd->bhqk", gradient, v, precision) - along_output
+    of_scores = (weights * of_weights * q.shape[-1] ** -0.5).astype(v.dtype)
+    of_q = _einsum("bhqk,bhkd->bhqd", of_scores, k, precision)
+    of_k = _einsum("bhqk,bhqd->bhkd", of_scores, q, precision)
+    parts = [jnp.moveaxis(x.astype(qkv.dtype), 1, 2) for x in (of_q, of_k, of_v)]
+    return (settled(jnp.stack(parts, axis=2)),)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _heads_first(qkv: jax.Array) -> tuple[jax.Array, ...]:
+    """(B,N,3,H,d) -> q, k and v, (B,H,N,d) each."""
+    return tuple(jnp.moveaxis(qkv, (2, 3), (0, 2)))
+
+
+def _weights(q: jax.Array, k: jax.Array, precision: Precision) -> jax.Array:
+    """Softmax before its division, float32: 1 at the largest score of a query."""
+    scores = _einsum("bhqd,bhkd->bhqk", q, k, precision)
+    return jnp.exp((scores - scores.max(axis=-1, keepdims=True)) * q.shape[-1] ** -0.5)
+
+
+def _einsum(subscripts: str, a: jax.Array, b: jax.Array, precision: Precision) -> jax.Array:
+    return jnp.einsum(subscripts, a, b, precision=precision, preferred_element_type=jnp.float32)
