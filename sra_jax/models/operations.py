@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-PRODUCT, ATTENTION = "product", "attention"
-"""Names, for remat policies, of the results of `product` and of attention's output."""
+NAMES = PRODUCT, ATTENTION, NORM = "product", "attention", "norm"
+"""Names, for remat policies, of results worth keeping: of `product`, of attention, and the statistics of norms."""
 
 Precision = jax.lax.Precision
 

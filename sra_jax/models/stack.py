@@ -8,20 +8,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sra_jax.models.operations import ATTENTION, PRODUCT
+from sra_jax.models import operations
 
 REMAT_POLICIES = {
     "none": None,
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(PRODUCT, ATTENTION),
+        jax.checkpoint_policies.save_only_these_names(*operations.NAMES),
     ),
     "block": jax.checkpoint_policies.nothing_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 """What is saved for the backward pass: everything; the results of products with parameters and of attention (not its
-scores); each block's input only; the input of about sqrt(depth) segments of blocks only, which costs a third forward
-pass."""
+scores), and two numbers a token for each norm; each block's input only; the input of about sqrt(depth) segments of
+blocks only, which costs a third forward pass."""
 
 Block = Callable[[Any, jax.Array, jax.Array], jax.Array]
 

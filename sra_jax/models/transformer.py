@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from sra_jax.models import operations
 from sra_jax.models.stack import ANYWHERE, Placement, run_stack
@@ -79,9 +80,10 @@ def linear(
 def layer_norm(x: jax.Array) -> jax.Array:
     """LayerNorm over the last axis without affine part, in float32."""
     x = x.astype(jnp.float32)
-    centred = x - x.mean(axis=-1, keepdims=True)
+    # The two numbers a token are named, for remat policies to keep: their sums are not taken again.
+    centred = x - checkpoint_name(x.mean(axis=-1, keepdims=True), operations.NORM)
     variance = jnp.square(centred).mean(axis=-1, keepdims=True)
-    return centred * jax.lax.rsqrt(variance + LAYER_NORM_EPSILON)
+    return centred * checkpoint_name(jax.lax.rsqrt(variance + LAYER_NORM_EPSILON), operations.NORM)
 
 
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ from configs import digits
 from sra_jax import config as config_lib
 from sra_jax.data import pipeline, registry
 from sra_jax.training import loop, sharding
-from sra_jax.training.state import ema_decay, learning_rate
+from sra_jax.training.state import clip_by_global_norm, ema_decay, learning_rate
 from sra_jax.training.step import draw, sra_loss
 
 BATCH = 16
@@ -230,3 +230,16 @@ def test_learning_rate_schedules():
         recipe(**{"optimizer.learning_rate": 0.5, "optimizer.warmup_steps": 10, "optimizer.schedule": "cosine"}), 110
     )
     assert [float(cosine(s)) for s in (10, 60, 110)] == pytest.approx([0.5, 0.25, 0], abs=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_clipping_is_optax_own(scale):
+    """Below the limit nothing changes; above it the global norm is the limit. Zero gradients stay zero."""
+    generator = np.random.default_rng(0)
+    gradients = {"a": jnp.asarray(scale * generator.normal(size=(3, 4)), jnp.float32), "b": jnp.float32(scale)}
+    ours, theirs = clip_by_global_norm(2.0), optax.clip_by_global_norm(2.0)
+    clipped, _ = ours.update(gradients, ours.init(gradients))
+    expected, _ = theirs.update(gradients, theirs.init(gradients))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), clipped, expected)
+    zeros = jax.tree.map(jnp.zeros_like, gradients)
+    assert optax.tree.norm(ours.update(zeros, ours.init(zeros))[0]) == 0
