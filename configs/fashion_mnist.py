@@ -18,7 +18,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
     """The recipe, or its `smoke` variant."""
     config = config_lib.default()
     config.name = "fashion_mnist"
-    config.epochs = 10.0
+    config.steps = 3000
     config.batch_size = 128
     config.log_every, config.sample_every, config.checkpoint_every = 50, 1000, 500
     config.data.update(

@@ -163,21 +163,24 @@ class PytorchSide:
         shape = {
             "input_size": data.image_size, "patch": model.patch, "channels": data.channels, "width": model.width,
             "depth": model.depth, "heads": model.heads, "hidden": int(model.width * model.mlp_ratio),
-            "classes": data.num_classes,
+            "classes": data.num_classes, "outputs": config_lib.transformer_of(config).output_channels,
         }  # fmt: skip
         generator = np.random.default_rng(0)
         zeros = PeerTransformer(**shape).state_dict()
         tensors = {name: generator.normal(0, 0.02, tuple(x.shape)).astype(np.float32) for name, x in zeros.items()}
         threads = len(os.sched_getaffinity(0))
         self._step = PeerStep(
-            shape, tensors, student_block=alignment.student_block, teacher_block=alignment.teacher_block,
-            weight=alignment.weight, threads=threads,
+            shape, tensors, process=config.process.name, student_block=alignment.student_block,
+            teacher_block=alignment.teacher_block, weight=alignment.weight, threads=threads,
         )  # fmt: skip
         size = (config.batch_size, data.channels, data.image_size, data.image_size)
         t = generator.uniform(0.2, 1, config.batch_size).astype(np.float32)
+        s = t - np.float32(0.1)
+        if config.process.name == "gaussian":
+            t, s = np.floor(1000 * t), np.floor(1000 * s)
         self._example = {
             "x0": generator.normal(size=size).astype(np.float32), "e": generator.normal(size=size).astype(np.float32),
-            "t": t, "s": t - np.float32(0.1), "y": generator.integers(data.num_classes, size=config.batch_size),
+            "t": t, "s": s, "y": generator.integers(data.num_classes, size=config.batch_size),
         }  # fmt: skip
         self._config, self._torch = config, torch
 
@@ -472,8 +475,8 @@ def define_flags() -> None:
     flags.DEFINE_bool("keep_dtype", False, "Keep the recipe's dtype; by default float32, which CPUs compute in.")
 
 
-def prepared_config(value: Any, keep_dtype: bool, peer: str) -> Any:
-    """The recipe on synthetic data, at the sizes it has."""
+def prepared_config(command: str, value: Any, keep_dtype: bool, peer: str) -> Any:
+    """The recipe on synthetic data, at the sizes it has, if the command can measure it."""
     import importlib.util
 
     from sra_jax import config as config_lib
@@ -491,8 +494,18 @@ def prepared_config(value: Any, keep_dtype: bool, peer: str) -> Any:
                 raise UserError(
                     f"--peer=pytorch needs {package}: python -m pip install -r tests/parity/requirements.txt"
                 )
-        if config.process.name != "interpolant" or config.process.path != "linear" or config.dtype != "float32":
-            raise UserError("--peer=pytorch trains SiT on the linear path in float32; use a sit_* recipe")
+        process = config.process
+        if process.name == "interpolant":
+            trained = process.path == "linear"
+        else:
+            trained = (process.num_steps, process.schedule, process.variance) == (1000, "linear", "learned_range")
+        if not trained or config.dtype != "float32":
+            raise UserError(
+                "--peer=pytorch trains SiT on the linear path, or DiT with 1000 linear betas and learned variances, in "
+                "float32; use a sit_* or dit_* recipe as it is"
+            )
+        if process.name != "interpolant" and command in ("sampler", "table"):
+            raise UserError(f"--peer=pytorch samples SiT only: measure {command} with a sit_* recipe")
         if not config.alignment.enabled or config.alignment.distance != "smooth_l1":
             raise UserError("--peer=pytorch aligns with smooth_l1; use alignment.enabled=True and that distance")
     return config
@@ -506,7 +519,7 @@ def main(command: str) -> None:
     if command in ELSEWHERE:
         sys.modules[ELSEWHERE[command][0]].main()
         return
-    config = prepared_config(given.config, given.keep_dtype, given.peer)
+    config = prepared_config(command, given.config, given.keep_dtype, given.peer)
     if command == "train_step":
         result = train_step(config, given.peer, given.repeats)
     elif command == "growth":

@@ -1,4 +1,5 @@
-"""The same training step in PyTorch, for tools/benchmark.py: SiT + SRA on timm's attention and MLP. Never trained with.
+"""The same training step in PyTorch, for tools/benchmark.py: SiT or DiT + SRA on timm's attention and MLP. Never
+trained with.
 
 Names of the tensors are the authors', so that our parameters load into it and the arithmetic can be checked equal.
 """
@@ -84,20 +85,20 @@ class Head(nn.Module):
 
 
 class PeerTransformer(nn.Module):
-    """SiT of any size with the alignment head."""
+    """SiT or DiT of any size with the alignment head."""
 
     def __init__(
-        self, *, input_size: int, patch: int, channels: int, width: int, depth: int, heads: int, hidden: int,
-        classes: int,
+        self, *, input_size: int, patch: int, channels: int, outputs: int, width: int, depth: int, heads: int,
+        hidden: int, classes: int,
     ):  # fmt: skip
         super().__init__()
-        self.patch, self.channels, self.grid = patch, channels, input_size // patch
+        self.patch, self.outputs, self.grid = patch, outputs, input_size // patch
         self.x_embedder = PatchEmbed(input_size, patch, channels, width)
         self.t_embedder = TimeEmbedder(width)
         self.y_embedder = LabelEmbedder(classes, width)
         self.pos_embed = nn.Parameter(torch.zeros(1, self.grid**2, width), requires_grad=False)
         self.blocks = nn.ModuleList(Block(width, heads, hidden) for _ in range(depth))
-        self.final_layer = FinalLayer(width, patch**2 * channels)
+        self.final_layer = FinalLayer(width, patch**2 * outputs)
         self.ap_head = Head(width)
 
     def forward(
@@ -113,9 +114,69 @@ class PeerTransformer(nn.Module):
                 tapped = x
         if stop is not None:
             return None, tapped
-        x = self.final_layer(x, c).reshape(-1, self.grid, self.grid, self.patch, self.patch, self.channels)
-        x = x.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.channels, self.grid * self.patch, self.grid * self.patch)
+        x = self.final_layer(x, c).reshape(-1, self.grid, self.grid, self.patch, self.patch, self.outputs)
+        x = x.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.outputs, self.grid * self.patch, self.grid * self.patch)
         return x, tapped
+
+
+class Flow:
+    """SiT's linear path."""
+
+    def perturb(self, x0: torch.Tensor, e: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return (1 - t) * x0 + t * e
+
+    def loss(self, v: torch.Tensor, x0: torch.Tensor, e: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return (v - (e - x0)).square().mean()
+
+
+class Gaussian:
+    """DiT's DDPM: 1000 linear betas, learned range of variances, its bound's gradient stopped at the mean."""
+
+    def __init__(self):
+        beta = np.linspace(1e-4, 0.02, 1000)
+        after = np.cumprod(1 - beta)
+        before = np.append(1.0, after[:-1])
+        posterior = beta * (1 - before) / (1 - after)
+        posterior[0] = posterior[1]
+        self._tables = {
+            name: torch.tensor(table, dtype=torch.float32)
+            for name, table in {
+                "signal": np.sqrt(after), "noise": np.sqrt(1 - after), "log_beta": np.log(beta),
+                "log_posterior": np.log(posterior), "of_x0": beta * np.sqrt(before) / (1 - after),
+                "of_x": (1 - before) * np.sqrt(1 - beta) / (1 - after),
+            }.items()
+        }  # fmt: skip
+
+    def _at(self, t: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {name: table[t.long()] for name, table in self._tables.items()}
+
+    def perturb(self, x0: torch.Tensor, e: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        at = self._at(t)
+        return at["signal"] * x0 + at["noise"] * e
+
+    def loss(self, prediction: torch.Tensor, x0: torch.Tensor, e: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        predicted, code = prediction.chunk(2, dim=1)
+        at, x = self._at(t), self.perturb(x0, e, t)
+        implied = (x - at["noise"] * predicted.detach()) / at["signal"]
+        mean, target = (at["of_x0"] * clean + at["of_x"] * x for clean in (implied, x0))
+        fraction = (code + 1) / 2
+        log_variance = fraction * at["log_beta"] + (1 - fraction) * at["log_posterior"]
+        difference = at["log_posterior"] - log_variance
+        divergence = (difference.exp() - 1 - difference + (target - mean).square() / log_variance.exp()) / 2
+        deviation = (log_variance / 2).exp()
+        upper, lower = (self._cumulative((x0 - mean + side / 255) / deviation) for side in (1, -1))
+        upper, lower = torch.where(x0 > 0.999, 1, upper), torch.where(x0 < -0.999, 0, lower)
+        likelihood = (upper - lower).clamp(min=1e-12).log()
+        bound = torch.where(t == 0, -likelihood, divergence).mean() / math.log(2)
+        return (e - predicted).square().mean() + bound
+
+    @staticmethod
+    def _cumulative(x: torch.Tensor) -> torch.Tensor:
+        """Of the standard normal, as improved DDPM approximates it."""
+        return (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
+
+
+PROCESSES = {"interpolant": Flow, "gaussian": Gaussian}
 
 
 class PeerStep:
@@ -124,15 +185,17 @@ class PeerStep:
     Args:
       shape: keyword arguments of `PeerTransformer`.
       tensors: parameters under the authors' names.
+      process: a key of PROCESSES.
       student_block, teacher_block, weight: of the alignment.
       threads: CPU threads.
     """
 
     def __init__(
-        self, shape: Mapping[str, int], tensors: Mapping[str, np.ndarray], *, student_block: int, teacher_block: int,
-        weight: float, threads: int,
+        self, shape: Mapping[str, int], tensors: Mapping[str, np.ndarray], *, process: str, student_block: int,
+        teacher_block: int, weight: float, threads: int,
     ):  # fmt: skip
         torch.set_num_threads(threads)
+        self._process = PROCESSES[process]()
         self.student, self.teacher = PeerTransformer(**shape), PeerTransformer(**shape)
         state = {name: torch.from_numpy(np.array(array)) for name, array in tensors.items()}
         if not any(name.startswith("ap_head") for name in state):
@@ -157,14 +220,14 @@ class PeerStep:
         x0, e, t, s = (torch.from_numpy(example[name]) for name in ("x0", "e", "t", "s"))
         y = torch.from_numpy(example["y"]).long()
         at = t[:, None, None, None]
-        v, h = self.student((1 - at) * x0 + at * e, t, y, tap=self._student_block)
-        loss = (v - (e - x0)).square().mean()
+        prediction, h = self.student(self._process.perturb(x0, e, at), t, y, tap=self._student_block)
+        loss = self._process.loss(prediction, x0, e, at)
         if teacher == "none":
             return loss
         at = s[:, None, None, None]
         with torch.no_grad():
             _, target = self.teacher(
-                (1 - at) * x0 + at * e, s, y, tap=self._teacher_block,
+                self._process.perturb(x0, e, at), s, y, tap=self._teacher_block,
                 stop=self._teacher_block if teacher == "truncated" else None,
             )  # fmt: skip
         return loss + self._weight * F.smooth_l1_loss(self.student.ap_head(h), target, beta=0.05)

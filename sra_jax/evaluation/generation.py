@@ -98,6 +98,7 @@ class Generator:
         split = sharding.batch_sharding(mesh)
         networks = Networks(config, sharding.placement(mesh, config_lib.DTYPES[config.dtype]))
         self._sample = jax.jit(make_sampler(config, networks), out_shardings=split)
+        self._all_finite = jax.jit(lambda latents: jnp.isfinite(latents).all(), out_shardings=sharding.replicated(mesh))
 
     def lower(self, params: Params) -> jax.stages.Lowered:
         """The program that `images` runs, for parameters that may be shapes with shardings."""
@@ -128,11 +129,20 @@ class Generator:
 
         Yields:
           Images (n,H,W,C) uint8 and their labels (n,) int32.
+
+        Raises:
+          UserError: a sample holds NaN or infinite values, of which no image can be made.
         """
         for first in range(start, count, self.batch_size):
             indices = np.arange(first, first + self.batch_size, dtype=np.int32)
             chosen = labels_for(indices, labels, self._config.data.num_classes, self._seed)
             put = sharding.put_rows({"indices": indices, "labels": chosen}, self._mesh)
-            images = self._decoder(self._sample(params, put["indices"], put["labels"], np.int32(self._seed)))
+            latents = self._sample(params, put["indices"], put["labels"], np.int32(self._seed))
             keep = min(count - first, self.batch_size)
+            if not self._all_finite(latents):
+                raise UserError(
+                    f"samples {first} to {first + keep - 1} hold NaN or infinite values: these parameters have "
+                    "diverged; choose an earlier checkpoint, or a smaller sampling.guidance_scale"
+                )
+            images = self._decoder(latents)
             yield sharding.gather(images)[:keep], chosen[:keep]

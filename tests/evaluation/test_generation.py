@@ -1,9 +1,16 @@
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import digits
+from sra_jax import config as config_lib
+from sra_jax.data import registry
 from sra_jax.errors import UserError
-from sra_jax.evaluation.generation import labels_for
+from sra_jax.evaluation.generation import Generator, labels_for
 from sra_jax.evaluation.pictures import grid
+from sra_jax.training import sharding
+from sra_jax.training.state import Networks
 
 
 def test_balanced_labels_take_classes_in_turn():
@@ -31,3 +38,16 @@ def test_grid_places_images_row_by_row():
     assert picture[0, 0, 0] == 255
 
 
+def test_samples_of_diverged_parameters_are_refused():
+    config = digits.get_config()
+    config.update_from_flattened_dict(
+        {"model.depth": 2, "model.width": 16, "model.heads": 2, "alignment.teacher_block": 2, "sampling.steps": 2}
+    )  # fmt: skip
+    mesh = sharding.make_mesh(config_lib.mesh_shape(config, jax.device_count()))
+    generator = Generator(config, mesh, registry.decoder(config.data), batch_size=4, seed=0)
+    params = Networks(config).init(jax.random.key(0))
+    (images, _), *_ = generator.images(params, 3)
+    assert images.shape == (3, 8, 8, 1)
+    params["model"]["final"]["linear"]["bias"] += jnp.nan
+    with pytest.raises(UserError, match="samples 0 to 2 hold NaN.*diverged"):
+        next(generator.images(params, 3))

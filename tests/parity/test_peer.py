@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import sit_b2
+from configs import dit_b2, sit_b2
 from sra_jax import config as config_lib
 from sra_jax.interop.pytorch import pytorch_from_params
 from sra_jax.training.state import Networks
@@ -23,8 +23,11 @@ def peers():
 
 
 @pytest.mark.parametrize("teacher", ["full", "truncated"])
-def test_peer_s_loss_is_ours(teacher):
-    config = sit_b2.get_config("smoke")
+@pytest.mark.parametrize(
+    ("recipe", "t", "s"), [(sit_b2, [0.1, 0.5, 0.9], [0.0, 0.4, 0.8]), (dit_b2, [0, 500, 999], [0, 400, 801])]
+)
+def test_peer_s_loss_is_ours(recipe, t, s, teacher):
+    config = recipe.get_config("smoke")
     networks = Networks(config)
     shapes = jax.eval_shape(networks.init, jax.random.key(0))
     generator = np.random.default_rng(0)
@@ -34,18 +37,21 @@ def test_peer_s_loss_is_ours(teacher):
         {
             "input_size": data.image_size, "patch": model.patch, "channels": data.channels, "width": model.width,
             "depth": model.depth, "heads": model.heads, "hidden": 4 * model.width, "classes": data.num_classes,
+            "outputs": config_lib.transformer_of(config).output_channels,
         },
-        pytorch_from_params(params, data.channels, data.image_size), student_block=aligned.student_block,
-        teacher_block=aligned.teacher_block, weight=aligned.weight, threads=1,
+        pytorch_from_params(params, data.channels, data.image_size), process=config.process.name,
+        student_block=aligned.student_block, teacher_block=aligned.teacher_block, weight=aligned.weight, threads=1,
     )  # fmt: skip
     size = (3, data.image_size, data.image_size, data.channels)
     example = {
         "x0": generator.normal(size=size).astype(np.float32), "e": generator.normal(size=size).astype(np.float32),
-        "t": np.array([0.1, 0.5, 0.9], np.float32), "s": np.array([0.0, 0.4, 0.8], np.float32),
+        "t": np.array(t, np.float32), "s": np.array(s, np.float32),
         "y": np.array([0, 3, data.num_classes], np.int32),
     }  # fmt: skip
+    kind = np.float32 if config.process.name == "interpolant" else np.int32
+    times = {name: example[name].astype(kind) for name in ("t", "s")}
     ours, _ = sra_loss(
-        params, params, {k: jnp.asarray(v) for k, v in example.items()}, aligned.weight, networks=networks,
+        params, params, {k: jnp.asarray(v) for k, v in (example | times).items()}, aligned.weight, networks=networks,
         process=config_lib.process_of(config), alignment=config_lib.alignment_of(config),
     )  # fmt: skip
     theirs = peer.loss({k: v.transpose(0, 3, 1, 2).copy() if v.ndim == 4 else v for k, v in example.items()}, teacher)
