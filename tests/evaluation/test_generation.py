@@ -49,5 +49,5 @@ def test_samples_of_diverged_parameters_are_refused():
     (images, _), *_ = generator.images(params, 3)
     assert images.shape == (3, 8, 8, 1)
     params["model"]["final"]["linear"]["bias"] += jnp.nan
-    with pytest.raises(UserError, match="samples 0 to 2 hold NaN.*diverged"):
+    with pytest.raises(UserError, match=r"samples 0 to 2 hold NaN.*diverged"):
         next(generator.images(params, 3))

@@ -1,6 +1,7 @@
 """The PyTorch step that tools/benchmark.py measures against does the same arithmetic as ours."""
 
 import importlib.util
+import json
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from sra_jax import config as config_lib
 from sra_jax.interop.pytorch import pytorch_from_params
 from sra_jax.training.state import Networks
 from sra_jax.training.step import sra_loss
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run
 
 
 def peers():
@@ -56,3 +57,31 @@ def test_peer_s_loss_is_ours(recipe, t, s, teacher):
     )  # fmt: skip
     theirs = peer.loss({k: v.transpose(0, 3, 1, 2).copy() if v.ndim == 4 else v for k, v in example.items()}, teacher)
     assert float(theirs) == pytest.approx(float(ours), rel=1e-5)
+
+
+@pytest.mark.parametrize("recipe", ["sit_b2", "dit_b2"])
+def test_benchmark_beside_the_peer(recipe):
+    flags = (f"--config=configs/{recipe}.py:smoke", "--peer=pytorch", "--repeats=1")
+    done = run("tools/benchmark.py", "train_step", *flags)
+    result = json.loads(done.stdout)
+    assert result["speedup_vs_peer"] == pytest.approx(result["peer_step_seconds"] / result["step_seconds"])
+    assert result["speedup_vs_truncated_peer"] == pytest.approx(
+        result["peer_truncated_step_seconds"] / result["step_seconds"]
+    )
+    assert result["memory_over_peer"] == pytest.approx(
+        result["peak_memory_bytes"] / result["peer_peak_memory_bytes"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train_step", "--config=configs/sit_b2.py:smoke", "--config.process.path=cosine"), "linear path"),
+        (("train_step", "--config=configs/sit_b2.py:smoke", "--config.alignment.distance=cosine"), "smooth_l1"),
+        (("sampler", "--config=configs/dit_b2.py:smoke"), "samples SiT only"),
+    ],
+)
+def test_what_the_peer_cannot_do_is_refused(arguments, message):
+    done = run("tools/benchmark.py", *arguments, "--peer=pytorch", code=2)
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
