@@ -18,7 +18,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
     """The recipe, or its `smoke` variant."""
     config = config_lib.default()
     config.name = "fashion_mnist"
-    config.steps = 3000
+    config.steps = 2000
     config.batch_size = 128
     config.log_every, config.sample_every, config.checkpoint_every = 50, 1000, 500
     config.data.update(
@@ -26,7 +26,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
     )
     config.model.update(patch=4, depth=6, width=128, heads=4, remat="dots")
     config.alignment.update(student_block=2, teacher_block=4)
-    config.optimizer.update(learning_rate=1e-3, warmup_steps=200)
-    config.ema.decay = 0.999
+    config.optimizer.update(learning_rate=2e-3, warmup_steps=100, schedule="cosine")
+    config.ema.decay = 0.995
     config.sampling.update(sampler="sde", steps=50, guidance_scale=1.5)
     return common.variant(config, variant)
