@@ -35,16 +35,10 @@ def test_train_step(tmp_path):
     assert not any("peer" in name for name in result)
 
 
-def test_growth_and_sampler():
-    grown = json.loads(run("tools/benchmark.py", "growth", SMOKE, "--repeats=1").stdout)
-    assert list(grown) == ["as given", "batch x2", "tokens x4", "depth x2"]
-    ratios = {name: row["arithmetic_ratio"] for name, row in grown.items()}
-    assert (ratios["as given"], ratios["batch x2"]) == (1, 2)
-    assert ratios["tokens x4"] > 4  # attention grows with the square
-    assert 1 < ratios["depth x2"] < 2  # the head and the teacher's blocks stay
-    assert all(row["step_seconds"] > 0 for row in grown.values())
-    sampled = json.loads(run("tools/benchmark.py", "sampler", SMOKE, "--repeats=1", "--samples=2").stdout)
-    assert sampled["seconds"] > 0
+def test_sampler():
+    result = json.loads(run("tools/benchmark.py", "sampler", SMOKE, "--repeats=1", "--samples=2").stdout)
+    assert (result["samples"], result["steps"]) == (2, 10)
+    assert result["seconds"] > 0
 
 
 @pytest.mark.parametrize(
