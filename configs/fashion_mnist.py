@@ -3,9 +3,9 @@
     python main.py --config=configs/fashion_mnist.py        (Debian: apt-get install dataset-fashion-mnist)
     python main.py --config=configs/fashion_mnist.py --config.data.path=idx:FOLDER     (the IDX files anywhere else)
     python main.py --config=configs/fashion_mnist.py --config.data.path=tfds:fashion_mnist     (prepared by TFDS)
-    python tools/fid.py --workdir=runs/fashion_mnist --reference=dataset --extractor=classifier --num_samples=2500
+    python tools/fid.py --workdir=runs/fashion_mnist --reference=dataset --extractor=classifier --num_samples=1000
 
-Patches of 4: 49 tokens of width 128, 1.9M parameters.
+Patches of 4: 49 tokens of width 128, 1.9M parameters; about 0.5 s a step on two CPU cores.
 """
 
 from ml_collections import ConfigDict
