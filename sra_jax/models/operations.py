@@ -81,6 +81,7 @@ def settled(x: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def attend(qkv: jax.Array, precision: Precision) -> jax.Array:
     """softmax(q k^T / sqrt(d)) v over tokens, for each head.
 
@@ -91,11 +92,6 @@ def attend(qkv: jax.Array, precision: Precision) -> jax.Array:
     Returns:
       (B,N,H,d) in the type of `qkv`.
     """
-    return _attend(qkv, precision)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _attend(qkv: jax.Array, precision: Precision) -> jax.Array:
     q, k, v = _heads_first(qkv)
     weights = _weights(q, k, precision)
     mixed = _einsum("bhqk,bhkd->bhqd", weights.astype(v.dtype), v, precision)
@@ -105,7 +101,7 @@ def _attend(qkv: jax.Array, precision: Precision) -> jax.Array:
 
 
 def _attend_forward(qkv: jax.Array, precision: Precision) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    output = checkpoint_name(_attend(qkv, precision), ATTENTION)
+    output = checkpoint_name(attend(qkv, precision), ATTENTION)
     return output, (qkv, output)
 
 
@@ -132,7 +128,7 @@ def _attend_backward(
     return (settled(jnp.stack(parts, axis=2)),)
 
 
-_attend.defvjp(_attend_forward, _attend_backward)
+attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _heads_first(qkv: jax.Array) -> tuple[jax.Array, ...]:
