@@ -6,8 +6,8 @@
 
 Every value of a recipe is a flag: --config.steps, --config.batch_size (over all devices), --config.seed,
 --config.dtype, --config.log_every, --config.sample_every, --config.checkpoint_every, --config.keep, --config.model.*,
---config.alignment.*, --config.sampling.*; sra_jax/config.py lists and explains them all. The same command on a workdir
-that holds a run goes on where it stopped.
+--config.alignment.*, --config.sampling.*; docs/configuration.md lists and explains them all. The same command on a
+workdir that holds a run goes on where it stopped.
 
 On TPU pods, and where srun, mpirun or an indexed Kubernetes job starts one process a host, the processes find each
 other; elsewhere start each with --coordinator_address=HOST:PORT --num_processes=N --process_id=I. SIGTERM finishes the
@@ -28,7 +28,7 @@ from ml_collections import config_flags
 
 from sra_jax import cli
 from sra_jax import config as config_lib
-from sra_jax.training import processes
+from sra_jax.distributed import processes
 from sra_jax.training.loop import train
 
 FLAGS = flags.FLAGS

@@ -62,7 +62,7 @@ def run(main: Callable[[], int | None], argv: Sequence[str] | None = None) -> No
                 message = f"{message.split(': ')[0]}: {reason.removeprefix('ValueError: ')}"
         except (AttributeError, KeyError) as error:  # how config flags speak of a key that the recipe does not have
             detail = str(error.args[0]).replace("\n", "; ")
-            message = f"--config has no key {detail}; sra_jax/config.py lists every key"
+            message = f"--config has no key {detail}; docs/configuration.md lists every key"
         except (TypeError, ValueError) as error:
             message = f"a --config value does not fit its key: {error}"
         print(f"error: {message}", file=sys.stderr)

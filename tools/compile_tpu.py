@@ -39,11 +39,12 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from sra_jax import cli, whole_files
+from sra_jax import cli, files
 from sra_jax import config as config_lib
+from sra_jax.distributed import chips
 from sra_jax.errors import UserError
-from sra_jax.models.flops import train_step_flops
-from sra_jax.training import chips, compile_report, compile_search
+from sra_jax.planning import report as compile_report
+from sra_jax.planning import search as compile_search
 
 FLAGS = flags.FLAGS
 EXIT_DOES_NOT_FIT = 3
@@ -134,7 +135,7 @@ def lower_for_cuda(config: ConfigDict) -> int:
     config = compile_report.without_data(config)
     config_lib.check(config, FLAGS.devices)
     program, text = compile_report.lower_for_platform(config, jax.devices(), "cuda")
-    flops = train_step_flops(config_lib.transformer_of(config), config_lib.alignment_of(config), config.batch_size)
+    flops = config_lib.step_flops(config)
     state = compile_report.state_bytes(program)
     print(
         f"{config.name}, train_step, lowered for {FLAGS.devices} GPU(s): {text.count(chr(10)):,} lines of StableHLO\n"
@@ -151,7 +152,7 @@ def lower_for_cuda(config: ConfigDict) -> int:
 def write_json(content: object) -> None:
     """To --json, whole or not at all."""
     if FLAGS.json:
-        whole_files.write_text(pathlib.Path(FLAGS.json), json.dumps(content, indent=2) + "\n")
+        files.write_text(pathlib.Path(FLAGS.json), json.dumps(content, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -39,9 +39,10 @@ from configs import common
 from sra_jax import cli
 from sra_jax import config as config_lib
 from sra_jax.errors import UserError
-from sra_jax.evaluation.trained import check_new_file
-from sra_jax.interop import conversion, families
+from sra_jax.interop import families
 from sra_jax.interop.tensor_files import TensorFile, open_tensor_file
+from sra_jax.runs import conversion
+from sra_jax.sampling.options import check_new_file
 
 FLAGS = flags.FLAGS
 RECIPES = pathlib.Path(common.__file__).parent

@@ -38,9 +38,10 @@ if __name__ == "__main__":
 
 from absl import flags
 
-from sra_jax import cli, whole_files
+from sra_jax import cli, files
 from sra_jax.errors import UserError
-from sra_jax.evaluation import evaluate, runs
+from sra_jax.evaluation import evaluate
+from sra_jax.evaluation import samples as runs
 from sra_jax.evaluation.datasets import OWN, is_dataset, named_images
 from sra_jax.evaluation.extractors import EXTRACTORS
 from sra_jax.evaluation.features import Extractor
@@ -52,13 +53,9 @@ from sra_jax.evaluation.reference import (
     save_reference,
     stored_metadata,
 )
-from sra_jax.evaluation.trained import (
-    TrainedModel,
-    check_new_file,
-    define_sampling_flags,
-    parse_labels,
-    sampling_overrides,
-)
+from sra_jax.runs.trained import TrainedModel
+from sra_jax.sampling.generation import generator_of
+from sra_jax.sampling.options import check_new_file, define_sampling_flags, parse_labels, sampling_overrides
 
 FLAGS = flags.FLAGS
 
@@ -156,7 +153,7 @@ def _measure_run(
 ) -> dict[str, object]:
     """Generate, measure, keep the result in the workdir."""
     workdir, labels = pathlib.Path(FLAGS.workdir), parse_labels(FLAGS.labels)
-    generator = model.generator(FLAGS.sampling_batch_size, FLAGS.seed)
+    generator = generator_of(model, FLAGS.sampling_batch_size, FLAGS.seed)
     made = {"step": model.step, "tree": FLAGS.tree, "labels": FLAGS.labels, "sampling": generator.describe()}
     samples = runs.Samples(
         generator, model.params, FLAGS.num_samples, labels, extractor, keep_images=bool(FLAGS.save_samples),
@@ -222,7 +219,7 @@ def main() -> None:
     line = json.dumps(result)
     print(line)
     if FLAGS.json:
-        whole_files.write_text(pathlib.Path(FLAGS.json), line + "\n")
+        files.write_text(pathlib.Path(FLAGS.json), line + "\n")
 
 
 if __name__ == "__main__":

@@ -35,14 +35,15 @@ if __name__ == "__main__":
 import numpy as np
 from absl import flags
 
-from sra_jax import cli, whole_files
+from sra_jax import cli, files
 from sra_jax.data import registry as datasets
 from sra_jax.data.dataset import Dataset
 from sra_jax.errors import UserError
-from sra_jax.evaluation import plots
-from sra_jax.evaluation.probe import Schedule, probe
-from sra_jax.evaluation.tokens import FeatureSet, Settings, extract_to_disk, parse_blocks, parse_levels
-from sra_jax.evaluation.trained import TrainedModel, check_new_file
+from sra_jax.inspection import plots
+from sra_jax.inspection.probe import Schedule, probe
+from sra_jax.inspection.tokens import FeatureSet, Settings, extract_to_disk, parse_blocks, parse_levels
+from sra_jax.runs.trained import TrainedModel
+from sra_jax.sampling.options import check_new_file
 
 FLAGS = flags.FLAGS
 TEST_SHARE = 0.2
@@ -140,7 +141,7 @@ def write(output: pathlib.Path, records: list[dict], settings: Settings) -> None
             for block, accuracy in zip(settings.blocks, accuracies, strict=True):
                 rows.writerow([record["name"], record["workdir"], record["step"], level, block, f"{accuracy:.6f}"])
     for name, text in (("probe.json", json.dumps(result, indent=2) + "\n"), ("probe.csv", table.getvalue())):
-        whole_files.write_text(output / name, text)
+        files.write_text(output / name, text)
     groups = {
         name: np.array([record["accuracy"] for record in records if record["name"] == name])
         for name in dict.fromkeys(record["name"] for record in records)

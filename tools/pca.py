@@ -28,12 +28,13 @@ from PIL import Image, UnidentifiedImageError
 from sra_jax import cli
 from sra_jax.data import registry as datasets
 from sra_jax.data.dataset import Example
+from sra_jax.distributed import sharding
 from sra_jax.errors import UserError
-from sra_jax.evaluation import plots
-from sra_jax.evaluation.principal_components import token_colours
-from sra_jax.evaluation.tokens import Settings, make_extractor, parse_blocks, parse_levels
-from sra_jax.evaluation.trained import TrainedModel, check_new_file
-from sra_jax.training import sharding
+from sra_jax.inspection import plots
+from sra_jax.inspection.principal_components import token_colours
+from sra_jax.inspection.tokens import Settings, make_extractor, parse_blocks, parse_levels
+from sra_jax.runs.trained import TrainedModel
+from sra_jax.sampling.options import check_new_file
 
 FLAGS = flags.FLAGS
 

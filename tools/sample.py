@@ -11,7 +11,6 @@ labels (N,) int64, as the ADM evaluation suite reads them. Sample i depends on -
 Exit codes: 0 done, 2 bad input.
 """
 
-import os
 import pathlib
 import sys
 
@@ -26,16 +25,12 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from sra_jax import cli
+from sra_jax import cli, files
 from sra_jax.errors import UserError
-from sra_jax.evaluation import pictures
-from sra_jax.evaluation.trained import (
-    TrainedModel,
-    check_new_file,
-    define_sampling_flags,
-    parse_labels,
-    sampling_overrides,
-)
+from sra_jax.runs.trained import TrainedModel
+from sra_jax.sampling import pictures
+from sra_jax.sampling.generation import generator_of
+from sra_jax.sampling.options import check_new_file, define_sampling_flags, parse_labels, sampling_overrides
 
 FLAGS = flags.FLAGS
 GRID_COLUMNS = 10
@@ -60,7 +55,7 @@ def main() -> None:
     for path in filter(None, (FLAGS.output, FLAGS.grid)):
         check_new_file(pathlib.Path(path), FLAGS.overwrite)
     model = TrainedModel(pathlib.Path(FLAGS.workdir), FLAGS.step, FLAGS.weights, sampling_overrides())
-    generator = model.generator(FLAGS.batch_size, FLAGS.seed)
+    generator = generator_of(model, FLAGS.batch_size, FLAGS.seed)
     images, labels = [], []
     with tqdm(total=FLAGS.num_samples, desc=f"sampling step {model.step}", unit="image", dynamic_ncols=True) as bar:
         for batch, chosen in generator.images(model.params, FLAGS.num_samples, parse_labels(FLAGS.labels)):
@@ -69,10 +64,10 @@ def main() -> None:
             bar.update(len(batch))
     images, labels = np.concatenate(images), np.concatenate(labels)
     if FLAGS.output:
-        write_npz(pathlib.Path(FLAGS.output), arr_0=images, arr_1=labels.astype(np.int64))
+        files.write_npz(pathlib.Path(FLAGS.output), {"arr_0": images, "arr_1": labels.astype(np.int64)})
         print(f"{FLAGS.output}: arr_0 {images.shape} uint8, arr_1 {labels.shape}")
     if FLAGS.grid:
-        pictures.write_png(pathlib.Path(FLAGS.grid), class_rows(images, labels))
+        files.write_png(pathlib.Path(FLAGS.grid), class_rows(images, labels))
         print(f"{FLAGS.grid}: {GRID_COLUMNS} samples a row, one row a class")
 
 
@@ -84,15 +79,6 @@ def class_rows(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
         missing = np.full((GRID_COLUMNS - len(row), *images.shape[1:]), 255, np.uint8)
         rows += [row, missing]
     return pictures.grid(np.concatenate(rows), GRID_COLUMNS)
-
-
-def write_npz(path: pathlib.Path, **arrays: np.ndarray) -> None:
-    """An npz that appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    with part.open("wb") as file:
-        np.savez(file, **arrays)
-    os.replace(part, path)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from array_record.python import array_record_module
 
-from sra_jax import whole_files
+from sra_jax import files
 from sra_jax.data import record_files
 from sra_jax.errors import UserError
 from sra_jax.interop import autoencoder as vae_interop
@@ -275,7 +275,7 @@ class ShardWriter:
             raise UserError(f"{self.folder} is not empty and holds no latents: name a new folder")
         self._progress.mkdir(parents=True, exist_ok=True)
         if not settings_path.exists():
-            whole_files.write_text(settings_path, json.dumps(settings, indent=1) + "\n")
+            files.write_text(settings_path, json.dumps(settings, indent=1) + "\n")
         before = json.loads(settings_path.read_text())
         if before != settings:
             changed = [
@@ -321,7 +321,7 @@ class ShardWriter:
             writer.close()
         shard = Shard(path.name, number, partial.stat().st_size, file_sha256(partial))
         os.replace(partial, path)
-        whole_files.write_text(
+        files.write_text(
             self._done_path(index), json.dumps({"shard": dataclasses.asdict(shard), "skipped": skipped}, indent=1)
         )
         return shard
@@ -337,5 +337,5 @@ class ShardWriter:
             return False
         shards = tuple(shard for shard, _ in results)
         skipped = tuple(item for _, items in results for item in items)
-        whole_files.write_text(self.folder / MANIFEST_FILE, make_manifest(shards, skipped).to_json())
+        files.write_text(self.folder / MANIFEST_FILE, make_manifest(shards, skipped).to_json())
         return True

@@ -2,11 +2,11 @@
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 
+from sra_jax import files
 from sra_jax.errors import UserError
 from sra_jax.evaluation.features import Extractor, extract_features
 from sra_jax.evaluation.images import ImageSet, npz_names, open_images, read_npz
@@ -145,11 +145,7 @@ def save_reference(reference: Reference, path: str | Path) -> None:
         arrays |= dict(zip(SPATIAL, (reference.spatial.mean, reference.spatial.covariance), strict=True))
     if reference.features is not None:
         arrays["features"] = reference.features
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
-    with unfinished.open("wb") as file:
-        np.savez(file, meta=np.array(json.dumps(metadata)), **arrays)
-    os.replace(unfinished, path)
+    files.write_npz(path, {"meta": np.array(json.dumps(metadata)), **arrays})
 
 
 def check_new_statistics_path(path: str | Path) -> Path:

@@ -1,0 +1,1 @@
+"""Tensors of PyTorch and safetensors files <-> parameter trees. Knows nothing of runs."""

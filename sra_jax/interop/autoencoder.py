@@ -5,7 +5,6 @@ names are understood for the attention's weights: `to_q`, `to_k`, `to_v`, `to_ou
 `value`, `proj_attn` (then often stored as 1x1 convolutions).
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -20,8 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
+from sra_jax import files
 from sra_jax.errors import UserError
 from sra_jax.models.autoencoder import Autoencoder, AutoencoderConfig, abstract_model
 
@@ -216,21 +216,8 @@ def save(folder: str | os.PathLike, config: AutoencoderConfig, params: Mapping[s
         if (folder / name).exists():
             raise UserError(f"{folder / name} exists already: name another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    with _whole_file(folder / WEIGHTS_FILE) as temporary:
-        save_file(tensors_from_params(params), temporary, metadata={"format": "pt"})
-    with _whole_file(folder / CONFIG_FILE) as temporary:
-        temporary.write_text(config_to_json(config))
-
-
-@contextlib.contextmanager
-def _whole_file(path: Path):
-    """Gives a temporary path beside `path` to write to; it takes the place of `path` when the block ends well."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    files.write_safetensors(folder / WEIGHTS_FILE, tensors_from_params(params), {"format": "pt"})
+    files.write_text(folder / CONFIG_FILE, config_to_json(config))
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
@@ -270,7 +257,7 @@ def _fetch(url: str, path: Path, vae: str) -> None:
     """Download `url` to `path`, which appears only when whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with urllib.request.urlopen(url, timeout=60) as response, _whole_file(path) as temporary:
+        with urllib.request.urlopen(url, timeout=60) as response, files.whole(path) as temporary:
             length = response.headers.get("Content-Length")
             with open(temporary, "wb") as file:
                 while block := response.read(1 << 20):

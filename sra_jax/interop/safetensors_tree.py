@@ -1,16 +1,15 @@
 """Trees of arrays in safetensors files, under dotted names, and a checksum of a tree."""
 
 import hashlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import safetensors
-import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from sra_jax import files
 from sra_jax.errors import UserError
 
 
@@ -25,12 +24,7 @@ def checksum(tree: Mapping[str, Any]) -> str:
 
 def write_safetensors(path: Path, tree: Mapping[str, Any], metadata: dict[str, str]) -> None:
     """Writes a tree of arrays under dotted names; the file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
-    # safetensors writes the memory as it lies, whatever its strides are.
-    arrays = {name: np.ascontiguousarray(values) for name, values in flatten_dict(tree, sep=".").items()}
-    safetensors.numpy.save_file(arrays, unfinished, metadata)
-    os.replace(unfinished, path)
+    files.write_safetensors(path, flatten_dict(tree, sep="."), metadata)
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:

@@ -1,0 +1,1 @@
+"""Networks: the transformer and its operations, autoencoder, Inception, classifier. They know nothing of noise."""

@@ -6,7 +6,6 @@ again: it is work of the machine, not of the model.
 
 import dataclasses
 
-from sra_jax.alignment import Alignment
 from sra_jax.models.transformer import TIME_FREQUENCIES, TransformerConfig
 
 
@@ -61,12 +60,17 @@ class StepFlops:
         return self.student + self.head + self.teacher
 
 
-def train_step_flops(shape: TransformerConfig, alignment: Alignment | None, batch_size: int) -> StepFlops:
-    """One training step of `batch_size` examples; the baseline's where `alignment` is None."""
+def train_step_flops(
+    shape: TransformerConfig, batch_size: int, teacher_blocks: int | None = None, head: float = 0.0
+) -> StepFlops:
+    """One training step.
+
+    Args:
+      shape: the network's.
+      batch_size: examples.
+      teacher_blocks: how many blocks the teacher runs; None: there is no teacher.
+      head: forward pass of the method's heads for one example.
+    """
     student = 3 * forward_flops(shape) - input_flops(shape)
-    if alignment is None:
-        return StepFlops(batch_size * student, 0.0, 0.0)
-    head = 3 * head_flops(shape) if alignment.head else 0.0
-    return StepFlops(
-        batch_size * student, batch_size * head, batch_size * forward_flops(shape, alignment.teacher_block)
-    )
+    teacher = 0.0 if teacher_blocks is None else forward_flops(shape, teacher_blocks)
+    return StepFlops(batch_size * student, batch_size * 3 * head, batch_size * teacher)

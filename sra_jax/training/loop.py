@@ -15,22 +15,22 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from sra_jax import config as config_lib
-from sra_jax import whole_files
+from sra_jax import files
 from sra_jax.data import pipeline
 from sra_jax.data import registry as datasets
 from sra_jax.data.dataset import Dataset
+from sra_jax.distributed import processes, sharding
 from sra_jax.errors import Preempted, RunError, UserError
-from sra_jax.evaluation import pictures
-from sra_jax.evaluation.generation import Generator
-from sra_jax.evaluation.runs import TrainingEvaluation
-from sra_jax.training import metrics as metrics_lib
-from sra_jax.training import processes, sharding
-from sra_jax.training.checkpoints import Checkpoints
-from sra_jax.training.state import Networks, TrainState, ema_decay, init_state, learning_rate, make_optimizer
+from sra_jax.runs import CONFIG
+from sra_jax.runs import metrics as metrics_lib
+from sra_jax.runs.checkpoints import Checkpoints
+from sra_jax.runs.state import Networks, TrainState, ema_decay, init_state, learning_rate, make_optimizer
+from sra_jax.runs.warm_start import start_from
+from sra_jax.sampling import pictures
+from sra_jax.sampling.generation import Generator
+from sra_jax.training.evaluation import TrainingEvaluation
 from sra_jax.training.step import Metrics, make_train_step
-from sra_jax.training.warm_start import start_from
 
-CONFIG = "config.json"
 PREVIEW_SEED = 0
 
 
@@ -169,7 +169,7 @@ def prepare_workdir(config: ConfigDict, workdir: Path, allow_config_change: bool
 
 def _write_config(config: ConfigDict, workdir: Path) -> None:
     if jax.process_index() == 0:
-        whole_files.write_text(workdir / CONFIG, config_lib.to_json(config) + "\n")
+        files.write_text(workdir / CONFIG, config_lib.to_json(config) + "\n")
 
 
 def begin(
@@ -358,5 +358,5 @@ class Previews:
         images = np.concatenate([images for images, _ in batches])
         picture = pictures.grid(images, self._columns)
         if jax.process_index() == 0:
-            pictures.write_png(self._folder / f"step_{step:07d}.png", picture)
+            files.write_png(self._folder / f"step_{step:07d}.png", picture)
         return picture

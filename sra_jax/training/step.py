@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sra_jax.alignment import Alignment
 from sra_jax.diffusion.process import Process
-from sra_jax.training.state import Networks, Params, TrainState
+from sra_jax.methods.sra import Alignment
+from sra_jax.runs.state import Networks, Params, TrainState
 
 Metrics = dict[str, jax.Array]
 

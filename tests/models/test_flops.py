@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sra_jax.alignment import Head
+from sra_jax.methods.heads import Head
 from sra_jax.models.flops import block_flops, forward_flops, head_flops, train_step_flops
 from sra_jax.models.transformer import Transformer, TransformerConfig
-from sra_jax.training.compiled import Program
+from sra_jax.planning.compiled import Program
 
 SMALL = TransformerConfig(
     input_size=16, channels=4, output_channels=4, num_classes=10, patch=2, depth=3, width=64, heads=4
@@ -45,11 +45,8 @@ def test_xl_is_as_large_as_published():
     xl = TransformerConfig(input_size=32, channels=4, output_channels=4, num_classes=1000, patch=2, depth=28,
                            width=1152, heads=16)  # fmt: skip
     assert forward_flops(xl) / 2 == pytest.approx(118.6e9, rel=2e-3)
-    from configs import sit_xl2
-    from sra_jax import config as config_lib
-
-    step = train_step_flops(xl, config_lib.alignment_of(sit_xl2.get_config()), 256)
+    step = train_step_flops(xl, 256, teacher_blocks=20, head=head_flops(xl))
     assert step.teacher / 256 == pytest.approx(20 / 28 * forward_flops(xl), rel=1e-3)
     assert step.student / 256 == pytest.approx(3 * forward_flops(xl), rel=1e-3)
-    np.testing.assert_allclose(train_step_flops(xl, None, 256).total, step.student)
+    np.testing.assert_allclose(train_step_flops(xl, 256).total, step.student)
     assert block_flops(xl) * 28 < forward_flops(xl)

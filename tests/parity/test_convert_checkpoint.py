@@ -13,11 +13,11 @@ import pytest
 from safetensors.numpy import save_file
 
 from sra_jax.errors import UserError
-from sra_jax.evaluation.trained import TrainedModel
 from sra_jax.interop.pytorch import params_from_pytorch, pytorch_from_params
 from sra_jax.interop.tensor_files import open_tensor_file
-from sra_jax.training.checkpoints import Checkpoints
-from sra_jax.training.state import Networks, TrainState, init_state, make_optimizer
+from sra_jax.runs.checkpoints import Checkpoints
+from sra_jax.runs.state import Networks, TrainState, init_state, make_optimizer
+from sra_jax.runs.trained import TrainedModel
 from tests.conftest import run
 from tests.interop.random_tensors import random_tensors
 

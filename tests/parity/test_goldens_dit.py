@@ -16,7 +16,7 @@ from sra_jax.diffusion.guidance import Guidance
 from sra_jax.diffusion.registry import SAMPLERS, process_defaults
 from sra_jax.interop.pytorch import depth_of, params_from_pytorch, pytorch_from_params
 from sra_jax.models.transformer import time_features
-from sra_jax.training.state import Networks
+from sra_jax.runs.state import Networks
 from sra_jax.training.step import sra_loss
 
 TOLERANCE = 3e-5  # one unit in the last place of a frequency times t = 999 shows in the outputs

@@ -15,15 +15,15 @@ import pytest
 from flax import nnx
 from ml_collections import ConfigDict
 
-from sra_jax import alignment as alignment_lib
 from sra_jax import config as config_lib
-from sra_jax.alignment import Alignment
 from sra_jax.diffusion.guidance import Guidance
 from sra_jax.diffusion.interpolant import Interpolant
 from sra_jax.diffusion.registry import SAMPLERS
 from sra_jax.interop.pytorch import depth_of, params_from_pytorch, pytorch_from_params
+from sra_jax.methods import distances
+from sra_jax.methods.sra import Alignment
 from sra_jax.models.transformer import Block, FinalLayer, patchify, position_table, time_features
-from sra_jax.training.state import Networks, make_optimizer
+from sra_jax.runs.state import Networks, make_optimizer
 from sra_jax.training.step import sra_loss, update_ema
 
 TOLERANCE = 1e-5
@@ -195,8 +195,8 @@ def test_sit_sra_loss_distances(golden, path):
     student, teacher = jnp.asarray(arrays[f"{path}/student_proj"]), jnp.asarray(arrays[f"{path}/teacher_feat"])
     for theirs, ours in DISTANCES.items():
         close(Alignment(1, 1, distance=ours).loss(student, teacher), arrays[f"{path}/align_{theirs}"])
-    close(alignment_lib.cosine(student, teacher, axis=1), arrays[f"{path}/align_cos_token_map"])
-    close(alignment_lib.cosine(student, teacher, axis=-1), arrays[f"{path}/align_cos_feature_map"])
+    close(distances.cosine(student, teacher, axis=1), arrays[f"{path}/align_cos_token_map"])
+    close(distances.cosine(student, teacher, axis=-1), arrays[f"{path}/align_cos_feature_map"])
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -1,6 +1,5 @@
 """The PyTorch step that tools/benchmark.py measures against does the same arithmetic as ours."""
 
-import importlib.util
 import json
 
 import jax
@@ -10,17 +9,11 @@ import pytest
 
 from configs import dit_b2, sit_b2
 from sra_jax import config as config_lib
+from sra_jax.benchmarks.peers import PeerStep
 from sra_jax.interop.pytorch import pytorch_from_params
-from sra_jax.training.state import Networks
+from sra_jax.runs.state import Networks
 from sra_jax.training.step import sra_loss
-from tests.conftest import ROOT, run
-
-
-def peers():
-    spec = importlib.util.spec_from_file_location("benchmark_peers", ROOT / "tools" / "benchmark_peers.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from tests.conftest import run
 
 
 @pytest.mark.parametrize("teacher", ["full", "truncated"])
@@ -34,7 +27,7 @@ def test_peer_s_loss_is_ours(recipe, t, s, teacher):
     generator = np.random.default_rng(0)
     params = jax.tree.map(lambda x: generator.normal(0, 0.1, x.shape).astype(np.float32), shapes)
     data, model, aligned = config.data, config.model, config.alignment
-    peer = peers().PeerStep(
+    peer = PeerStep(
         {
             "input_size": data.image_size, "patch": model.patch, "channels": data.channels, "width": model.width,
             "depth": model.depth, "heads": model.heads, "hidden": 4 * model.width, "classes": data.num_classes,

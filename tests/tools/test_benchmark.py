@@ -7,7 +7,6 @@ import pytest
 
 from configs import sit_b2
 from sra_jax import config as config_lib
-from sra_jax.models.flops import train_step_flops
 from tests.conftest import run
 
 SMOKE = "--config=configs/sit_b2.py:smoke"
@@ -19,7 +18,8 @@ def test_train_step(tmp_path):
     result = json.loads(report.read_text())
     assert json.loads(done.stdout) == result
     config = sit_b2.get_config("smoke")
-    flops = train_step_flops(config_lib.transformer_of(config), config_lib.alignment_of(config), 4).total
+    config.batch_size = 4
+    flops = config_lib.step_flops(config).total
     assert (result["batch_size"], result["dtype"], result["flops"]) == (4, "float32", flops)
     low, high = result["step_seconds_range"]
     assert 0 < low <= result["step_seconds"] <= high

@@ -3,8 +3,8 @@ import json
 
 import pytest
 
+from sra_jax.distributed.chips import parse_slice
 from sra_jax.errors import UserError
-from sra_jax.training.chips import parse_slice
 from tests.conftest import TINY_DIGITS, run
 
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None

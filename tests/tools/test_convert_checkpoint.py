@@ -9,10 +9,10 @@ from safetensors.numpy import load_file, save_file
 
 from sra_jax import config as config_lib
 from sra_jax.errors import UserError
-from sra_jax.evaluation.trained import TrainedModel
 from sra_jax.interop.pytorch import pytorch_from_params
-from sra_jax.training.state import Networks, init_state, make_optimizer
-from sra_jax.training.warm_start import start_from
+from sra_jax.runs.state import Networks, init_state, make_optimizer
+from sra_jax.runs.trained import TrainedModel
+from sra_jax.runs.warm_start import start_from
 from tests.conftest import TINY_DIGITS, run
 from tests.interop.random_tensors import random_tensors
 

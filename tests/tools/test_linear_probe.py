@@ -12,8 +12,8 @@ from sklearn.linear_model import LogisticRegression
 from sra_jax.data import registry as datasets
 from sra_jax.diffusion.gaussian import GaussianDiffusion
 from sra_jax.errors import UserError
-from sra_jax.evaluation.probe import Schedule, probe
-from sra_jax.evaluation.tokens import (
+from sra_jax.inspection.probe import Schedule, probe
+from sra_jax.inspection.tokens import (
     FeatureSet,
     Settings,
     extract_to_disk,
@@ -22,7 +22,7 @@ from sra_jax.evaluation.tokens import (
     parse_levels,
     times,
 )
-from sra_jax.evaluation.trained import TrainedModel
+from sra_jax.runs.trained import TrainedModel
 from tests.conftest import run
 
 TOOL = "tools/linear_probe.py"
@@ -110,7 +110,7 @@ def test_levels_of_ddpm_are_its_steps():
 
 def test_an_interrupted_pass_goes_on(model, tmp_path, monkeypatch):
     """With a shard removed only that one is made again, and the rows are those of one uninterrupted pass."""
-    monkeypatch.setattr("sra_jax.evaluation.tokens.SHARD_BYTES", 1)  # a shard a batch
+    monkeypatch.setattr("sra_jax.inspection.tokens.SHARD_BYTES", 1)  # a shard a batch
     dataset = datasets.load(model.config.data)
     indices = np.arange(3, 63)
 
@@ -133,7 +133,7 @@ def test_an_interrupted_pass_goes_on(model, tmp_path, monkeypatch):
 
 
 def test_rows_across_shards_that_stay_on_disk(tmp_path, monkeypatch):
-    monkeypatch.setattr("sra_jax.evaluation.tokens.IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr("sra_jax.inspection.tokens.IN_MEMORY_BYTES", 0)
     parts = np.split(np.random.default_rng(0).standard_normal((10, 2, 1, 3), np.float32), [4, 7])
     for i, part in enumerate(parts):
         np.save(tmp_path / f"features_{i:05d}.npy", part)

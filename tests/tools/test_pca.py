@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sra_jax.evaluation.principal_components import token_colours
+from sra_jax.inspection.principal_components import token_colours
 from tests.conftest import run
 
 TOOL = "tools/pca.py"

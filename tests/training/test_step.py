@@ -9,8 +9,9 @@ import pytest
 from configs import digits
 from sra_jax import config as config_lib
 from sra_jax.data import pipeline, registry
-from sra_jax.training import loop, sharding
-from sra_jax.training.state import clip_by_global_norm, ema_decay, learning_rate
+from sra_jax.distributed import sharding
+from sra_jax.runs.state import clip_by_global_norm, ema_decay, learning_rate
+from sra_jax.training import loop
 from sra_jax.training.step import draw, sra_loss
 
 BATCH = 16

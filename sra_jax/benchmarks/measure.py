@@ -1,0 +1,206 @@
+"""What the benchmark makes of its sides: they take turns, and figures become ratios and tables."""
+
+import statistics
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from sra_jax import config as config_lib
+from sra_jax.benchmarks.sides import Remote
+from sra_jax.errors import UserError
+
+
+def alternate(calls: Mapping[str, Callable[[], float]], repeats: int, note: Callable[[str], None]) -> dict[str, list]:
+    """Every call in turn, `repeats` times: all figures of each.
+
+    A turn begins with a call that is not counted: a process that has been idle finds its caches cold and, in a virtual
+    machine, memory that has gone back to the host.
+    """
+    figures: dict[str, list[float]] = {name: [] for name in calls}
+    for round_number in range(repeats):
+        for name, call in calls.items():
+            call()
+            figures[name].append(call())
+        note(f"round {round_number + 1} of {repeats}: " + ", ".join(f"{n} {f[-1]:.4g}" for n, f in figures.items()))
+    return figures
+
+
+def ratio(numerator: list[float], denominator: list[float]) -> float:
+    """Median of the rounds' ratios."""
+    return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
+
+
+def spread(values: list[float]) -> list[float]:
+    """Smallest and largest."""
+    return [min(values), max(values)]
+
+
+def say(text: str) -> None:
+    """Progress, on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def train_step(config: ConfigDict, peer: str, repeats: int, peer_large_pages: bool = False) -> dict[str, Any]:
+    """Our step with SRA and without, and the peer's with a full, a truncated and no teacher."""
+    text = config_lib.to_json(config)
+    flops = config_lib.step_flops(config).total
+    memory: dict[str, float] = {}
+    for side, variant in (("jax", "sra"), ("pytorch", "full"))[: 2 if peer == "pytorch" else 1]:
+        alone = Remote(side, text, side == "jax" or peer_large_pages)  # memory of one side doing one thing
+        memory[side] = alone.call("prepare", variant)["peak_memory_bytes"]
+        alone.close()
+        say(f"peak memory of {side} alone: {memory[side] / 1e9:.2f} GB")
+    ours = Remote("jax", text)
+    compiled = ours.call("prepare", "sra")
+    ours.call("prepare", "baseline")
+    calls = {
+        "rate": lambda: ours.call("rate"),
+        "sra": lambda: ours.call("step", "sra"),
+        "baseline": lambda: ours.call("step", "baseline"),
+    }
+    theirs = None
+    if peer == "pytorch":
+        theirs = Remote("pytorch", text, peer_large_pages)
+        for variant in ("full", "truncated", "none"):
+            theirs.call("prepare", variant)
+            calls[f"peer_{variant}"] = lambda variant=variant: theirs.call("step", variant)
+    figures = alternate(calls, repeats, say)
+    ours.close()
+    result = {
+        "config": config.name, "batch_size": config.batch_size, "dtype": config.dtype, "remat": config.model.remat,
+        "step_seconds": statistics.median(figures["sra"]), "step_seconds_range": spread(figures["sra"]),
+        "baseline_step_seconds": statistics.median(figures["baseline"]),
+        "sra_over_baseline": ratio(figures["sra"], figures["baseline"]),
+        "flops": flops, "matmul_flops_per_second": statistics.median(figures["rate"]),
+        "matmul_share": statistics.median(
+            flops / seconds / rate for seconds, rate in zip(figures["sra"], figures["rate"], strict=True)
+        ),
+        "compile_seconds": compiled["compile_seconds"], "peak_memory_bytes": memory["jax"],
+    }  # fmt: skip
+    if theirs is not None:
+        theirs.close()
+        result |= {
+            "peer_step_seconds": statistics.median(figures["peer_full"]),
+            "peer_step_seconds_range": spread(figures["peer_full"]),
+            "peer_truncated_step_seconds": statistics.median(figures["peer_truncated"]),
+            "peer_baseline_step_seconds": statistics.median(figures["peer_none"]),
+            "speedup_vs_peer": ratio(figures["peer_full"], figures["sra"]),
+            "speedup_vs_truncated_peer": ratio(figures["peer_truncated"], figures["sra"]),
+            "baseline_speedup_vs_peer": ratio(figures["peer_none"], figures["baseline"]),
+            "peer_peak_memory_bytes": memory["pytorch"],
+            "memory_over_peer": memory["jax"] / memory["pytorch"],
+        }
+    return result
+
+
+def growth(config: ConfigDict, repeats: int) -> dict[str, Any]:
+    """Step time with twice the batch, four times the tokens and twice the depth, against the arithmetic."""
+    changes = {
+        "as given": {},
+        "batch x2": {"batch_size": 2 * config.batch_size},
+        "tokens x4": {"data.image_size": 2 * config.data.image_size},
+        "depth x2": {"model.depth": 2 * config.model.depth},
+    }
+    rows = {}
+    sides, flops = {}, {}
+    for name, change in changes.items():
+        changed = config.copy_and_resolve_references()
+        changed.update_from_flattened_dict(change)
+        config_lib.check(changed)
+        flops[name] = config_lib.step_flops(changed).total
+        sides[name] = Remote("jax", config_lib.to_json(changed))
+        rows[name] = {"compile_seconds": sides[name].call("prepare", "sra")["compile_seconds"]}
+    figures = alternate({name: lambda s=side: s.call("step", "sra") for name, side in sides.items()}, repeats, say)
+    for name, side in sides.items():
+        side.close()
+        rows[name] |= {
+            "step_seconds": statistics.median(figures[name]),
+            "time_ratio": ratio(figures[name], figures["as given"]),
+            "arithmetic_ratio": flops[name] / flops["as given"],
+        }
+    return rows
+
+
+def compile_times(config: ConfigDict, repeats: int) -> dict[str, Any]:
+    """Seconds that tracing and compiling the step take, at the recipe's depth and at twice that depth."""
+    figures: dict[str, list[float]] = {"as given": [], "depth x2": []}
+    for _ in range(repeats):
+        for name, factor in (("as given", 1), ("depth x2", 2)):
+            changed = config.copy_and_resolve_references()
+            changed.model.depth *= factor
+            side = Remote("jax", config_lib.to_json(changed))  # a process that has compiled nothing yet
+            figures[name].append(side.call("compile", "sra"))
+            side.close()
+    return {
+        "config": config.name, "depth": config.model.depth,
+        "compile_seconds": statistics.median(figures["as given"]),
+        "compile_seconds_depth_x2": statistics.median(figures["depth x2"]),
+        "depth_x2_over_depth": ratio(figures["depth x2"], figures["as given"]),
+    }  # fmt: skip
+
+
+def sampler(
+    config: ConfigDict, peer: str, repeats: int, count: int, peer_large_pages: bool = False
+) -> dict[str, Any]:
+    """One batch of samples of ours and of the peer's loop."""
+    if peer == "pytorch" and config.sampling.sampler != "sde":
+        raise UserError("the PyTorch loop is the SDE's: use --config.sampling.sampler=sde")
+    text = config_lib.to_json(config)
+    sides = {"ours": Remote("jax", text)}
+    if peer == "pytorch":
+        sides["peer"] = Remote("pytorch", text, peer_large_pages)
+    prepared = {name: side.call("prepare_sampler", count) for name, side in sides.items()}
+    for side in sides.values():
+        side.call("sample")
+    figures = alternate({name: lambda s=side: s.call("sample") for name, side in sides.items()}, repeats, say)
+    for side in sides.values():
+        side.close()
+    result = {
+        "config": config.name, "samples": count, "steps": config.sampling.steps,
+        "guidance_scale": config.sampling.guidance_scale, "guidance_interval": list(config.sampling.guidance_interval),
+        "seconds": statistics.median(figures["ours"]), "compile_seconds": prepared["ours"]["compile_seconds"],
+    }  # fmt: skip
+    if "peer" in sides:
+        result |= {"peer_seconds": statistics.median(figures["peer"]),
+                   "speedup_vs_peer": ratio(figures["peer"], figures["ours"])}  # fmt: skip
+    return result
+
+
+def table(
+    config: ConfigDict, peer: str, repeats: int, count: int, peer_large_pages: bool = False
+) -> dict[str, Any]:
+    """Everything about one recipe; "markdown" is the table."""
+    half = config.copy_and_resolve_references()
+    half.batch_size = max(1, config.batch_size // 2)
+    result = {
+        "train_step": train_step(config, peer, repeats, peer_large_pages),
+        "sampler": sampler(config, peer, repeats, count, peer_large_pages),
+        "growth": growth(half, repeats),
+        "compile": compile_times(config, 1),
+    }
+    step, sampling, compiling = result["train_step"], result["sampler"], result["compile"]
+    rows = [("SRA step", f"{step['step_seconds']:.2f} s")]
+    if peer == "pytorch":
+        rows += [
+            ("PyTorch, whole teacher", f"{step['peer_step_seconds']:.2f} s, {step['speedup_vs_peer']:.2f}x ours"),
+            ("PyTorch, teacher cut at block n",
+             f"{step['peer_truncated_step_seconds']:.2f} s, {step['speedup_vs_truncated_peer']:.2f}x ours"),
+            ("sampling, PyTorch's loop over ours", f"{sampling['speedup_vs_peer']:.2f}"),
+            ("peak memory", f"{step['peak_memory_bytes'] / 1e9:.2f} GB "
+             f"(PyTorch {step['peer_peak_memory_bytes'] / 1e9:.2f} GB)"),
+        ]  # fmt: skip
+    rows += [
+        ("SRA step over the baseline's", f"{step['sra_over_baseline']:.2f}"),
+        ("share of the matmul rate", f"{step['matmul_share']:.0%} of "
+         f"{step['matmul_flops_per_second'] / 1e9:.0f} GFLOP/s"),
+        ("tracing and compiling", f"{compiling['compile_seconds']:.1f} s, at twice the depth "
+         f"{compiling['compile_seconds_depth_x2']:.1f} s"),
+    ]  # fmt: skip
+    rows += [
+        (f"step with {name} (arithmetic {row['arithmetic_ratio']:.2f}x)", f"{row['time_ratio']:.2f}x")
+        for name, row in result["growth"].items()
+        if name != "as given"
+    ]
+    return result | {"markdown": ["| what | measured |", "| --- | --- |", *(f"| {a} | {b} |" for a, b in rows)]}

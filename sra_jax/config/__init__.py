@@ -1,0 +1,26 @@
+"""A run's config: every key and its default (keys.py), the checks before any work (checks.py), the objects that it
+describes (objects.py), reading, writing and comparing (saved.py).
+
+Other rooms use it as `from sra_jax import config as config_lib`.
+"""
+
+from sra_jax.config.checks import check
+from sra_jax.config.keys import DTYPES, FREE_KEYS, default, flatten
+from sra_jax.config.objects import (
+    alignment_of,
+    guidance_of,
+    mesh_shape,
+    process_of,
+    sampler_of,
+    step_flops,
+    total_steps,
+    transformer_of,
+)
+from sra_jax.config.saved import differences, from_flag, from_json, read, to_json
+from sra_jax.diffusion.registry import process_defaults
+
+__all__ = [
+    "DTYPES", "FREE_KEYS", "alignment_of", "check", "default", "differences", "flatten", "from_flag", "from_json",
+    "guidance_of", "mesh_shape", "process_defaults", "process_of", "read", "sampler_of", "step_flops", "to_json",
+    "total_steps", "transformer_of",
+]

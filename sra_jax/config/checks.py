@@ -1,0 +1,177 @@
+"""What can be checked of a config before any work, without touching data or devices."""
+
+import difflib
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from sra_jax.config.keys import DTYPES, EMA_SCHEDULES, LEARNING_RATE_SCHEDULES, default, flatten
+from sra_jax.config.objects import alignment_of, mesh_shape, process_of, sampler_of
+from sra_jax.diffusion.process import Process
+from sra_jax.diffusion.registry import PROCESSES, SAMPLERS, process_defaults
+from sra_jax.errors import UserError
+from sra_jax.models.stack import REMAT_POLICIES
+
+
+def check(config: ConfigDict, device_count: int = 1) -> None:
+    """Everything that can be checked without touching data or devices.
+
+    Args:
+      config: the recipe with its overrides.
+      device_count: devices of all processes.
+
+    Raises:
+      UserError: what was given, what is allowed, what to change.
+    """
+    _check_keys(config)
+    _check_training(config, device_count)
+    _check_model(config)
+    _check_schedules(config)
+    process = process_of(config)
+    alignment = alignment_of(config)
+    if alignment is not None:
+        alignment.check(config.model.depth)
+    _check_sampling(config, process)
+
+
+def _choice(key: str, value: Any, allowed: Any) -> None:
+    if value not in allowed:
+        raise UserError(f"{key}={value!r} is unknown; allowed: {', '.join(map(str, allowed))}")
+
+
+def _at_least(config: ConfigDict, minimum: float, *keys: str) -> None:
+    for key in keys:
+        value = dict(flatten(config))[key]
+        if not value >= minimum:
+            raise UserError(f"{key}={value} must be at least {minimum}")
+
+
+def _check_keys(config: ConfigDict) -> None:
+    """Exactly the keys that are read: those of `default()` with the family's own."""
+    _choice("process.name", config.process.name, PROCESSES)
+    expected = default()
+    expected.process = ConfigDict({"name": config.process.name, **process_defaults(config.process.name)})
+    _choice("sampling.sampler", config.sampling.sampler, SAMPLERS)
+    for sampler in SAMPLERS.values():
+        if sampler.process == config.process.name:
+            expected.sampling.update(sampler.options)
+    given, known = dict(flatten(config)), dict(flatten(expected))
+    for key in given.keys() - known.keys():
+        close = difflib.get_close_matches(key, known, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise UserError(f"config key {key} is not read by anything with process.name={config.process.name!r}{hint}")
+    for key in known.keys() - given.keys():
+        raise UserError(
+            f"config key {key} is missing with process.name={config.process.name!r}; start the recipe from "
+            "sra_jax.config.default() or from a recipe of that family"
+        )
+
+
+def _check_training(config: ConfigDict, device_count: int) -> None:
+    given = [key for key in ("steps", "epochs", "examples") if config[key]]
+    if len(given) != 1:
+        raise UserError(
+            f"the run's length is given by {' and '.join(given) or 'nothing'}: set exactly one of steps, epochs, "
+            "examples and leave the others at 0"
+        )
+    _at_least(config, 0, "steps", "epochs", "examples", "sample_every", "seed", "evaluation.every")
+    _at_least(config, 1, "evaluation.batch_size", "evaluation.num_samples")
+    _at_least(config, 1, "batch_size", "accumulation", "log_every", "checkpoint_every", "keep")
+    _choice("dtype", config.dtype, DTYPES)
+    if not 0 <= config.label_dropout < 1:
+        raise UserError(f"label_dropout={config.label_dropout} is out of range: 0 <= label_dropout < 1; the paper: 0.1")
+    micro, rest = divmod(config.batch_size, config.accumulation)
+    if rest:
+        raise UserError(
+            f"batch_size={config.batch_size} is not divisible by accumulation={config.accumulation}; change one of them"
+        )
+    shape = mesh_shape(config, device_count)
+    ways = shape["data"] * shape["fsdp"]
+    if micro % ways:
+        raise UserError(
+            f"batch_size={config.batch_size} in accumulation={config.accumulation} parts of {micro} cannot be split "
+            f"over {ways} devices; make batch_size a multiple of {ways * config.accumulation}"
+        )
+    _check_split(config, shape)
+
+
+def _check_split(config: ConfigDict, shape: dict[str, int]) -> None:
+    """The network's matrices can be cut as the mesh asks; one that cannot would lie whole on every device."""
+    model = config.model
+    hidden = int(model.width * model.mlp_ratio)
+    cuts = (
+        ("fsdp", model.width, "model.width"), ("model", model.heads, "model.heads"), ("model", hidden, "the MLP width"),
+    )  # fmt: skip
+    for axis, size, what in cuts:
+        if size % shape[axis]:
+            fitting = [n for n in range(1, shape[axis]) if shape[axis] % n == 0 and size % n == 0]
+            raise UserError(
+                f"mesh.{axis}={shape[axis]} does not divide {what}={size}; use at most --config.mesh.{axis}="
+                f"{fitting[-1]} and leave the other devices to --config.mesh.data=-1"
+            )
+
+
+def _check_model(config: ConfigDict) -> None:
+    model, data = config.model, config.data
+    _at_least(
+        config, 1, "model.patch", "model.depth", "model.width", "model.heads", "data.image_size", "data.channels",
+        "data.num_classes",
+    )  # fmt: skip
+    _at_least(config, 0, "data.workers")
+    _choice("model.remat", model.remat, REMAT_POLICIES)
+    if not model.mlp_ratio > 0:
+        raise UserError(f"model.mlp_ratio={model.mlp_ratio} must be above 0")
+    if data.image_size % model.patch:
+        raise UserError(
+            f"data.image_size={data.image_size} is not divisible by model.patch={model.patch}; use a patch that "
+            f"divides it: {', '.join(str(p) for p in (1, 2, 4, 8) if data.image_size % p == 0)}"
+        )
+    if model.width % model.heads or model.width % 4:
+        raise UserError(
+            f"model.width={model.width} must be divisible by model.heads={model.heads} and, for the position table, "
+            "by 4"
+        )
+
+
+def _check_schedules(config: ConfigDict) -> None:
+    optimizer, ema = config.optimizer, config.ema
+    _choice("optimizer.schedule", optimizer.schedule, LEARNING_RATE_SCHEDULES)
+    _choice("ema.schedule", ema.schedule, EMA_SCHEDULES)
+    _at_least(config, 0, "optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.clip_norm")
+    if not optimizer.learning_rate > 0 or not optimizer.eps > 0:
+        raise UserError(
+            f"optimizer.learning_rate={optimizer.learning_rate} and optimizer.eps={optimizer.eps} must be above 0"
+        )
+    for key in ("b1", "b2"):
+        if not 0 <= optimizer[key] < 1:
+            raise UserError(f"optimizer.{key}={optimizer[key]} is out of range: 0 <= {key} < 1")
+    if not 0 <= ema.decay <= 1:
+        raise UserError(f"ema.decay={ema.decay} is out of range: 0 <= decay <= 1; the paper uses 0.9999")
+
+
+def _check_sampling(config: ConfigDict, process: Process) -> None:
+    sampling = config.sampling
+    sampler = sampler_of(config)
+    if sampler.process != config.process.name:
+        fitting = [name for name, other in SAMPLERS.items() if other.process == config.process.name]
+        raise UserError(
+            f"sampling.sampler={sampling.sampler!r} belongs to process.name={sampler.process!r}; with "
+            f"{config.process.name!r} use one of {', '.join(fitting)}"
+        )
+    if not sampling.guidance_scale >= 1:
+        raise UserError(
+            f"sampling.guidance_scale={sampling.guidance_scale} is out of range: at least 1, and 1 turns guidance off"
+        )
+    low, high = sampling.guidance_interval
+    if not 0 <= low <= high <= 1:
+        raise UserError(
+            f"sampling.guidance_interval={sampling.guidance_interval} is out of range: 0 <= low <= high <= 1 are "
+            "fractions of the time range (0 = data, 1 = noise); the paper uses (0.0, 0.7)"
+        )
+    if not 0 <= sampling.guidance_channels <= config.data.channels:
+        raise UserError(
+            f"sampling.guidance_channels={sampling.guidance_channels} is out of range: 0 (all) to "
+            f"data.channels={config.data.channels}"
+        )
+    _at_least(config, 1, "sampling.preview_classes", "sampling.preview_per_class")
+    sampler.check(process, sampling)

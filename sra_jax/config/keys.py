@@ -1,0 +1,129 @@
+"""Every key that a recipe has, what it means, and the checks that run before any work starts.
+
+A recipe (configs/*.py) starts from `default()` and changes values; it adds keys only under `process` and `sampling`,
+whose keys belong to the family that `process.name` names. A key that nothing reads is refused.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from sra_jax.diffusion.registry import process_defaults
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+LEARNING_RATE_SCHEDULES = ("constant", "cosine")
+EMA_SCHEDULES = ("constant", "cosine")
+
+FREE_KEYS = (
+    "steps", "epochs", "examples", "log_every", "sample_every", "checkpoint_every", "keep", "accumulation",
+    "data.path", "data.workers", "data.vae", "mesh", "model.remat", "sampling", "evaluation",
+)  # fmt: skip
+"""Keys, or groups of keys, that a resumed run may change: they move no number beyond float32 rounding. The length of
+the run is free as long as no schedule depends on it."""
+
+
+def default() -> ConfigDict:
+    """All keys with their defaults; a recipe must set `data` and `model`.
+
+    Units: lengths of a run in steps unless the name says otherwise; fractions in [0, 1].
+    """
+    return ConfigDict(
+        {
+            "name": "run",  # names the default workdir, runs/<name>
+            "seed": 0,  # of parameters, data order, noise; a run is a function of its config
+            "init_from": "",  # workdir of another run, from whose EMA a new run starts; empty: from random weights
+            "steps": 0,  # length of the run; or give one of the next two
+            "epochs": 0.0,  # passes over the training set, rounded up to whole steps
+            "examples": 0,  # training examples seen, rounded up to whole steps
+            "batch_size": 256,  # examples a step over all devices and processes
+            "accumulation": 1,  # microbatches a step; divides batch_size
+            "dtype": "float32",  # of matrix products: float32 or bfloat16; everything else is float32
+            "label_dropout": 0.1,  # share of labels replaced by the null label, for guidance
+            "log_every": 100,  # steps between lines of metrics.jsonl
+            "sample_every": 10_000,  # steps between preview grids; 0 makes none
+            "checkpoint_every": 10_000,  # steps between checkpoints; the last step is always saved
+            "keep": 3,  # newest checkpoints that are kept
+            "data": {
+                "name": "synthetic",  # a name of sra_jax.data.registry.SOURCES
+                "path": "",  # latents: the folder that tools/prepare_latents.py made; pixels: idx:DIR and the like
+                "image_size": 32,  # height and width that the model sees
+                "channels": 4,
+                "num_classes": 1000,
+                "vae": "",  # autoencoder that decodes latents: a folder or a Hugging Face id; empty: the one they name
+                "workers": 0,  # processes that read ahead; 0 reads in threads
+            },
+            "model": {
+                "patch": 2,
+                "depth": 12,
+                "width": 768,
+                "heads": 12,
+                "mlp_ratio": 4.0,
+                "remat": "none",  # what the backward pass recomputes, from least to most: none, dots, block, full
+            },
+            # the family: interpolant (SiT) or gaussian (DiT); the other keys are the fields of its class
+            "process": {"name": "interpolant", **process_defaults("interpolant")},
+            "alignment": {
+                "enabled": True,  # False trains the baseline; no teacher is run
+                "student_block": 3,  # m, counted from 1
+                "teacher_block": 8,  # n >= m
+                "distance": "smooth_l1",  # smooth_l1, l1, l2, cosine, cosine_tokens
+                "beta": 0.05,  # of smooth_l1
+                "weight": 0.2,  # lambda
+                "weight_schedule": "constant",  # or decay: a tenth every weight_decay_steps after weight_decay_start
+                "weight_decay_start": 0,
+                "weight_decay_steps": 1,
+                "weight_decay_stair": 1,  # the decaying weight changes once in so many steps
+                "interval": (0.0, 0.2),  # teacher earlier by U[low, high) of the whole time range; low = high: fixed
+                "head": True,  # projection head on the student
+            },
+            "optimizer": {
+                "learning_rate": 1e-4,
+                "schedule": "constant",  # or cosine, to 0 at the last step
+                "warmup_steps": 0,  # linear, from 0
+                "b1": 0.9,
+                "b2": 0.999,
+                "eps": 1e-8,
+                "weight_decay": 0.0,
+                "clip_norm": 1.0,  # of the global gradient norm; 0 does not clip
+            },
+            "ema": {
+                "decay": 0.9999,
+                "schedule": "constant",  # or cosine: from decay to 1 over the run (BYOL)
+            },
+            "sampling": {
+                "sampler": "sde",  # a sampler of the process's family
+                "steps": 250,
+                "guidance_scale": 1.0,  # at least 1; 1 turns guidance off
+                "guidance_interval": (0.0, 1.0),  # guided where low <= t <= high, fractions of the time range
+                "guidance_channels": 0,  # guide the first so many channels; 0 guides all
+                "preview_classes": 10,  # rows of a preview grid: the first so many classes
+                "preview_per_class": 8,  # its columns
+            },
+            "evaluation": {
+                "every": 0,  # steps between evaluations of the EMA; 0 makes none
+                "num_samples": 5000,
+                "batch_size": 250,  # samples at a time over all devices
+                "reference": "dataset",  # the training set's own images, or as tools/fid.py takes it
+                "extractor": "inception",  # inception, inception_random or classifier
+                "weights": "",  # of the extractor; empty: the cache or the network
+            },
+            "mesh": {
+                "data": -1,  # devices over which the batch is split, with a whole state each; -1: all that are left
+                "fsdp": 1,  # devices over which the batch and the state are split; -1: all that are left
+                "model": 1,  # devices over which attention heads and the MLP are split (tensor parallelism)
+            },
+        },
+        convert_dict=True,
+    )
+
+
+def flatten(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every leaf, in order."""
+    for key in config:
+        value = config[key]
+        if isinstance(value, ConfigDict):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,89 @@
+"""What a config describes: the objects that the rest of the code works with."""
+
+import math
+
+from ml_collections import ConfigDict
+
+from sra_jax.config.keys import DTYPES
+from sra_jax.diffusion.guidance import Guidance
+from sra_jax.diffusion.process import Process
+from sra_jax.diffusion.registry import PROCESSES, SAMPLERS, Sampler
+from sra_jax.errors import UserError
+from sra_jax.methods.sra import Alignment
+from sra_jax.models.flops import StepFlops, head_flops, train_step_flops
+from sra_jax.models.transformer import TransformerConfig
+
+
+def total_steps(config: ConfigDict, num_examples: int) -> int:
+    """Length of the run in steps, from whichever of steps, epochs and examples is given."""
+    if config.steps:
+        return config.steps
+    seen = config.examples or config.epochs * num_examples
+    return math.ceil(seen / config.batch_size)
+
+
+def process_of(config: ConfigDict) -> Process:
+    """The noise process that `config.process` describes."""
+    options = {key: value for key, value in config.process.items() if key != "name"}
+    return PROCESSES[config.process.name](**options)
+
+
+def sampler_of(config: ConfigDict) -> Sampler:
+    """The sampler that `config.sampling.sampler` names."""
+    return SAMPLERS[config.sampling.sampler]
+
+
+def alignment_of(config: ConfigDict) -> Alignment | None:
+    """What is aligned, or None for the baseline."""
+    options = config.alignment.to_dict()
+    return Alignment(**options) if options.pop("enabled") else None
+
+
+def transformer_of(config: ConfigDict) -> TransformerConfig:
+    """The network's shape."""
+    data, model = config.data, config.model
+    return TransformerConfig(
+        input_size=data.image_size, channels=data.channels, num_classes=data.num_classes,
+        output_channels=process_of(config).output_channels(data.channels), patch=model.patch, depth=model.depth,
+        width=model.width, heads=model.heads, mlp_ratio=model.mlp_ratio, dtype=DTYPES[config.dtype],
+        remat=model.remat,
+    )  # fmt: skip
+
+
+def guidance_of(config: ConfigDict) -> Guidance:
+    """Guidance of the config's sampler; the interval in the process's own time."""
+    sampling = config.sampling
+    extent = process_of(config).time_extent
+    low, high = sampling.guidance_interval
+    return Guidance(
+        null_label=config.data.num_classes, scale=sampling.guidance_scale, low=low * extent, high=high * extent,
+        channels=sampling.guidance_channels or None,
+    )  # fmt: skip
+
+
+def step_flops(config: ConfigDict) -> StepFlops:
+    """Analytic floating-point operations of one training step of the whole batch."""
+    shape, alignment = transformer_of(config), alignment_of(config)
+    if alignment is None:
+        return train_step_flops(shape, config.batch_size)
+    head = head_flops(shape) if alignment.head else 0.0
+    return train_step_flops(shape, config.batch_size, alignment.teacher_block, head)
+
+
+def mesh_shape(config: ConfigDict, device_count: int) -> dict[str, int]:
+    """Sizes of the mesh axes, with -1 filled in.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices.
+    """
+    shape = config.mesh.to_dict()
+    free = [axis for axis, size in shape.items() if size == -1]
+    fixed = math.prod(size for size in shape.values() if size != -1)
+    wrong = any(size == 0 or size < -1 for size in shape.values())
+    if wrong or len(free) > 1 or device_count % fixed or (not free and fixed != device_count):
+        sizes = ", ".join(f"mesh.{axis}={size}" for axis, size in shape.items())
+        raise UserError(
+            f"{sizes} does not fit {device_count} devices: the sizes must multiply to {device_count}, and at most one "
+            "may be -1, which takes what is left"
+        )
+    return {axis: device_count // fixed if size == -1 else size for axis, size in shape.items()}

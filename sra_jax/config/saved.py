@@ -1,0 +1,81 @@
+"""Configs as files and flags: written, read back, compared."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from sra_jax.config.keys import FREE_KEYS, default, flatten
+from sra_jax.errors import UserError
+
+
+def to_json(config: ConfigDict) -> str:
+    """The config as JSON; tuples become lists, `from_json` restores them."""
+    return json.dumps(config.to_dict(), indent=2)
+
+
+def from_json(text: str) -> ConfigDict:
+    """The inverse of `to_json`. Keys that came into being after the text was written get their defaults."""
+
+    def tuples(value: Any) -> Any:
+        if isinstance(value, list):
+            return tuple(tuples(v) for v in value)
+        return {k: tuples(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+    saved = tuples(json.loads(text))
+    config = default()
+    for group in ("process", "sampling"):  # their keys belong to the saved family
+        config[group] = ConfigDict()
+    with config.unlocked():
+        for key, value in saved.items():
+            if isinstance(value, dict) and key in config:
+                config[key].update(value)
+            else:
+                config[key] = value
+    return config.lock()
+
+
+def read(path: Path) -> ConfigDict:
+    """The config that a run saved at `path` (its workdir's config.json).
+
+    Raises:
+      UserError: there is no such file, or it is not a config.
+    """
+    try:
+        return from_json(path.read_text())
+    except OSError as error:
+        raise UserError(f"no run at {path.parent}: {path.name} cannot be read ({error.strerror}); train one, or check "
+                        "--workdir") from error  # fmt: skip
+    except ValueError as error:
+        raise UserError(f"{path} is not a saved config: {error}") from error
+
+
+def differences(saved: ConfigDict, given: ConfigDict) -> list[str]:
+    """Keys in which two configs differ so that a run of one cannot continue as the other: `key: saved -> given`."""
+    old, new = dict(flatten(saved)), dict(flatten(given))
+    scheduled = given.optimizer.schedule != "constant" or given.ema.schedule != "constant"
+    free = FREE_KEYS[3:] if scheduled else FREE_KEYS
+
+    def shapes_the_run(key: str) -> bool:
+        return key != "name" and not any(key == name or key.startswith(f"{name}.") for name in free)
+
+    return [
+        f"{key}: {old.get(key, 'absent')!r} -> {new.get(key, 'absent')!r}"
+        for key in sorted(old.keys() | new.keys())
+        if shapes_the_run(key) and old.get(key) != new.get(key)
+    ]
+
+
+def from_flag(value: Any) -> ConfigDict:
+    """The config that `config_flags.DEFINE_config_file` made of --config and its overrides.
+
+    Raises:
+      UserError: no recipe was given, or its file cannot be used.
+    """
+    if value is None:
+        raise UserError("--config is missing: name a recipe, such as --config=configs/digits.py")
+    try:
+        return value.copy_and_resolve_references()
+    except Exception as error:  # the flag keeps whatever loading the file raised until it is used
+        raise UserError(f"--config cannot be used: {error}") from error

@@ -1,0 +1,178 @@
+"""The mesh, and where every array lies on it. No other module knows of devices.
+
+Axes: `data` splits the batch; `fsdp` splits the batch and the state (parameters, EMA and optimizer alike), each block
+being gathered when it is its turn; `model` splits attention heads and the hidden layer of the MLP (tensor parallelism).
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from sra_jax.models import operations
+from sra_jax.models.stack import Placement
+
+BATCH = P(("data", "fsdp"))
+GATHERED = "fsdp"
+
+RULES: tuple[tuple[str, P], ...] = (
+    # stacked blocks: the first axis is depth and stays whole, for the scan takes one block at a time
+    (r"blocks/attention/qkv/kernel", P(None, "fsdp", None, "model", None)),  # (depth, D, 3, heads, D/heads)
+    (r"blocks/attention/out/kernel", P(None, "model", None, "fsdp")),  # (depth, heads, D/heads, D)
+    (r"blocks/mlp/hidden/kernel", P(None, "fsdp", "model")),  # (depth, D, 4D)
+    (r"blocks/mlp/out/kernel", P(None, "model", "fsdp")),  # (depth, 4D, D)
+    (r"blocks/modulation/kernel", P(None, None, "fsdp")),  # (depth, D, 6D), never gathered: see `placement`
+    (r"(patch_embedding|time_embedding/\w+)/kernel", P(None, "fsdp")),
+    (r"label_embedding/embedding", P(None, "fsdp")),
+    (r"final/\w+/kernel", P("fsdp", None)),
+    (r"head/hidden/kernel", P("fsdp", None)),
+    (r"head/out/kernel", P(None, "fsdp")),
+    (r"^modulation$", P("data", "fsdp")),  # (B, 6D), as it is made
+    (r"bias", P()),  # small: whole on every device
+)
+"""The first pattern that is found in a parameter's path gives its layout."""
+
+
+def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over all devices of all processes; `shape` gives the size of each axis, as `config.mesh_shape` does."""
+    return jax.make_mesh(
+        tuple(shape.values()), tuple(shape), axis_types=(jax.sharding.AxisType.Auto,) * len(shape), devices=devices
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Leading axis split over all devices."""
+    return NamedSharding(mesh, BATCH)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Whole on every device."""
+    return NamedSharding(mesh, P())
+
+
+def layout(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+    """The layout of one array of the state.
+
+    Args:
+      path: its keys joined by "/"; the optimizer's moments carry the paths of their parameters.
+      shape: an axis that the mesh axis does not divide stays whole.
+
+    Raises:
+      ValueError: no rule speaks of an array of this path with more than one entry.
+    """
+    if np.prod(shape) <= 1:
+        return P()
+    for pattern, spec in RULES:
+        if re.search(pattern, path):
+            return P(*(axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(spec, shape)))  # noqa: B905
+    raise ValueError(f"no rule in sra_jax.distributed.sharding.RULES for {path} {shape}")
+
+
+def placement(mesh: Mesh, dtype: Any) -> Placement:
+    """Where arrays lie while a network runs on the mesh, stated so that the compiler has no choice.
+
+    Activations stay split by examples. Parameters are made whole along `fsdp` one block at a time, in the type in which
+    they are used; their gradients go back split. The blocks' modulation works the other way round, for it multiplies
+    one row an example where the rest multiplies N: each device makes its columns of the modulation for all examples of
+    its `fsdp` group, which then travel to the examples' devices. They are far smaller than the kernel, a third of a
+    block's parameters, and its gradient.
+
+    Args:
+      mesh: the devices.
+      dtype: type of the matrix products; parameters of blocks are cast to it before they travel.
+    """
+    # A gain on CPUs, where parameters are whole; TPUs would have to lay kernels out anew.
+    whole = mesh.shape["fsdp"] == mesh.shape["model"] == 1
+    product = operations.product if whole and mesh.devices.flat[0].platform == "cpu" else jax.lax.dot_general
+    if mesh.size == 1:
+        return Placement(product=product)
+
+    def rows(x: jax.Array) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
+
+    def shared(x: jax.Array) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P("data")))
+
+    def modulation(x: jax.Array) -> jax.Array:
+        return rows(jax.lax.with_sharding_constraint(x, NamedSharding(mesh, layout("modulation", x.shape, mesh))))
+
+    def block(params: Any) -> Any:
+        def gather(path: Sequence[Any], x: jax.Array) -> jax.Array:
+            name = path_name(path)
+            spec = layout(f"blocks/{name}", (1, *x.shape), mesh)
+            if name == "modulation/kernel":
+                return jax.lax.with_sharding_constraint(x.astype(dtype), NamedSharding(mesh, P(*spec[1:])))
+            return _gather(x.astype(dtype), P(*spec[1:]), mesh)
+
+        return jax.tree_util.tree_map_with_path(gather, params)
+
+    def others(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: _gather(x, layout(path_name(path), x.shape, mesh), mesh), params
+        )
+
+    if mesh.shape[GATHERED] == 1:
+        return Placement(rows=rows, product=product)
+    return Placement(rows=rows, shared=shared, modulation=modulation, block=block, others=others, product=product)
+
+
+def _gather(x: jax.Array, split: P, mesh: Mesh) -> jax.Array:
+    """x whole along `fsdp`; its cotangent is split again, which makes the sum over devices a reduce-scatter."""
+    whole = NamedSharding(mesh, P(*(None if axis == GATHERED else axis for axis in split)))
+
+    def made_whole(x: jax.Array) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x, whole)
+
+    def backward(_: None, cotangent: jax.Array) -> tuple[jax.Array]:
+        return (jax.lax.with_sharding_constraint(cotangent, NamedSharding(mesh, split)),)
+
+    gather = jax.custom_vjp(made_whole)
+    gather.defvjp(lambda x: (made_whole(x), None), backward)  # not gather(x), whose result remat policies would keep
+    return gather(x)
+
+
+def path_name(path: Sequence[Any]) -> str:
+    """A tree path as "a/b/c"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def state_shardings(abstract_state: Any, mesh: Mesh) -> Any:
+    """A tree like `abstract_state` with the sharding of every array."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: NamedSharding(mesh, layout(path_name(path), leaf.shape, mesh)), abstract_state
+    )
+
+
+def process_rows(mesh: Mesh, batch_size: int) -> list[int]:
+    """Rows of the global batch that lie on this process's devices, in the order in which they are put there."""
+    sharding = batch_sharding(mesh)
+    slices = sharding.addressable_devices_indices_map((batch_size,)).values()
+    starts = sorted({(s[0].start or 0, s[0].stop or batch_size) for s in slices})
+    return [row for start, stop in starts for row in range(start, stop)]
+
+
+def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """This process's rows of a batch -> global arrays split over the mesh."""
+    sharding = batch_sharding(mesh)
+    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+
+
+def put_rows(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """A global batch that every process holds whole -> global arrays split over the mesh."""
+    split = batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_callback(array.shape, split, lambda index, array=array: array[index])
+        for name, array in batch.items()
+    }
+
+
+def gather(array: jax.Array) -> np.ndarray:
+    """A global array as NumPy, whole, on every process."""
+    if array.is_fully_addressable:
+        return np.asarray(jax.device_get(array))
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))

@@ -1,0 +1,162 @@
+"""The metrics of a run's own samples: generated, decoded and measured in one go, and resumed where it was killed.
+
+Features of finished chunks lie in <workdir>/evaluation/unfinished_*/ until the result is written; a chunk's name holds
+the numbers of its samples, and the folder's name everything that the samples depend on.
+"""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from sra_jax import files
+from sra_jax.evaluation.datasets import OWN, dataset_images, is_dataset, named_images
+from sra_jax.evaluation.extractors import build_extractor
+from sra_jax.evaluation.features import Extractor, Features, extract_features
+from sra_jax.evaluation.images import ImageSet
+from sra_jax.evaluation.reference import reference_images, stored_metadata
+from sra_jax.sampling.generation import Generator
+
+FOLDER = "evaluation"
+CHUNK = 1000
+SEED = 0
+
+
+def open_reference(name: str, data: ConfigDict) -> str | ImageSet:
+    """What `load_reference` takes, of a reference as users name it for a run with this `data` section.
+
+    Raises:
+      UserError: there is no such set, or it does not come in the size of the run's images.
+    """
+    if name == OWN:
+        return dataset_images(data)
+    if is_dataset(name):
+        return named_images(name, data.image_size, data.channels)
+    return name
+
+
+def extractor_for(name: str, weights: str | None, reference: str | ImageSet | None) -> Extractor:
+    """The extractor of that name; a classifier is trained on the reference's images, or is the one that made it."""
+    data = identity = None
+    if name == "classifier" and reference is not None:
+        data = reference_images(reference)
+        identity = None if data else str(stored_metadata(reference)["extractor"])
+    return build_extractor(name, weights=weights, data=data, identity=identity)
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """Samples of one checkpoint, as a stream of features that survives a kill.
+
+    Attributes:
+      generator: makes the images.
+      params: {"model": ...}.
+      count: how many samples.
+      labels: as `generation.labels_for` takes them.
+      extractor: what they are shown to.
+      folder: where finished chunks are kept until `forget`; None keeps none.
+      keep_images: whether the images are kept with the features, for `write_npz`.
+    """
+
+    generator: Generator
+    params: Mapping[str, Any]
+    count: int
+    labels: str | Sequence[int]
+    extractor: Extractor
+    folder: Path | None
+    keep_images: bool = False
+
+    def kept(self) -> int:
+        """How many samples an earlier attempt left, which need not be made again."""
+        bounds = [(start, min(start + CHUNK, self.count)) for start in range(0, self.count, CHUNK)]
+        return sum(stop - start for start, stop in bounds if self.folder and self._path(start, stop).exists())
+
+    def features(self, description: str = "samples") -> Iterator[tuple[Features, np.ndarray]]:
+        """Features and labels of all samples in order; whole chunks of an earlier attempt are read, not made."""
+        with tqdm(total=self.count, desc=description, unit="image", dynamic_ncols=True) as bar:
+            for start in range(0, self.count, CHUNK):
+                stop = min(start + CHUNK, self.count)
+                if self.folder is not None and (path := self._path(start, stop)).exists():
+                    chunk = _read(path)
+                    bar.initial += stop - start  # time left is that of the samples still to be made
+                    bar.update(stop - start)
+                else:
+                    chunk = self._make(start, stop, bar)
+                yield {k: v for k, v in chunk.items() if k not in ("labels", "images")}, chunk["labels"]
+
+    def _make(self, start: int, stop: int, bar: tqdm) -> dict[str, np.ndarray]:
+        kept: list[np.ndarray] = []
+
+        def images() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            for batch, labels in self.generator.images(self.params, stop, self.labels, start=start):
+                if self.keep_images:
+                    kept.append(batch)
+                bar.update(len(batch))
+                yield batch, labels
+
+        stream = extract_features(images(), self.extractor, progress=False)
+        parts = [{**features, "labels": labels} for features, labels in stream]
+        chunk = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        if self.keep_images:
+            chunk["images"] = np.concatenate(kept)
+        if self.folder is not None:
+            files.write_npz(self._path(start, stop), chunk)
+        return chunk
+
+    def _path(self, start: int, stop: int) -> Path:
+        return self.folder / f"{start:07d}_{stop:07d}.npz"
+
+    def write_npz(self, path: Path) -> None:
+        """The kept images and labels as ADM's suite reads them; memory holds one chunk. After all chunks are made."""
+        chunks = [self._path(start, min(start + CHUNK, self.count)) for start in range(0, self.count, CHUNK)]
+        first = _read(chunks[0])["images"]
+        labels = []
+        with (
+            files.whole(path) as unfinished,
+            zipfile.ZipFile(unfinished, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
+        ):
+            with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+                header = {"descr": "|u1", "fortran_order": False, "shape": (self.count, *first.shape[1:])}
+                np.lib.format.write_array_header_2_0(member, header)
+                for chunk in map(_read, chunks):
+                    member.write(chunk["images"].tobytes())
+                    labels.append(chunk["labels"])
+            with archive.open("arr_1.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.concatenate(labels).astype(np.int64))
+
+    def forget(self) -> None:
+        """Delete the kept chunks."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path) as arrays:
+        return dict(arrays)
+
+
+def unfinished_folder(workdir: Path, dependencies: Mapping[str, Any]) -> Path:
+    """Where chunks of samples are kept that depend on exactly these values."""
+    text = json.dumps(dependencies, sort_keys=True, default=str)
+    return Path(workdir) / FOLDER / f"unfinished_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def write_result(workdir: Path, step: int, result: Mapping[str, Any]) -> Path:
+    """<workdir>/evaluation/step_*.json; a second result of the same step gets a number, none is replaced."""
+    folder = Path(workdir) / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step_{step:07d}.json"
+    copies = 1
+    while path.exists():
+        copies += 1
+        path = folder / f"step_{step:07d}_{copies}.json"
+    files.write_text(path, json.dumps(result, indent=2) + "\n")
+    return path

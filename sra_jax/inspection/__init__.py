@@ -1,0 +1,1 @@
+"""Looking inside: tokens after any block at any noise, linear probe, principal components, figures."""

@@ -1,0 +1,84 @@
+"""Figures for papers and READMEs; each appears whole or not at all."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+from sra_jax import files
+
+DOTS_PER_INCH = 110
+
+
+def probe_figure(
+    path: Path, groups: Mapping[str, np.ndarray], blocks: Sequence[int], levels: Sequence[float], level: int
+) -> None:
+    """Probe accuracy by block at one noise level, and by noise level at each group's best block.
+
+    Args:
+      path: PNG to write.
+      groups: name -> accuracies (runs, levels, blocks); the line is the mean over runs, the band their range.
+      blocks: block numbers.
+      levels: noise levels.
+      level: index of the level of the first panel.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+    for name, runs in groups.items():
+        best = runs[:, level].mean(axis=0).argmax()
+        _line(left, blocks, runs[:, level], name)
+        _line(right, levels, runs[:, :, best], f"{name}, block {blocks[best]}")
+    left.set(xlabel="block", ylabel="probe accuracy, %", title=f"by block, noise level {levels[level]:g}")
+    left.set_xticks(blocks)
+    right.set(xlabel="noise level (0 = data, 1 = noise)", title="by noise level")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    save(figure, path)
+
+
+def _line(axes: Any, x: Sequence[float], runs: np.ndarray, label: str) -> None:
+    runs = 100 * runs
+    (line,) = axes.plot(x, runs.mean(axis=0), marker="o", markersize=3.5, label=label)
+    if len(runs) > 1:
+        axes.fill_between(x, runs.min(axis=0), runs.max(axis=0), color=line.get_color(), alpha=0.2, linewidth=0)
+
+
+def token_figure(
+    path: Path, maps: Mapping[str, np.ndarray], inputs: np.ndarray, blocks: Sequence[int], levels: Sequence[float]
+) -> None:
+    """Maps of tokens: a row a block under the noisy input, a column a noise level, the models side by side.
+
+    Args:
+      path: PNG to write.
+      maps: name -> (levels, blocks, G, G, 3) in [0, 1].
+      inputs: what the models saw, (levels, H, W, 1 or 3) in [0, 1].
+      blocks: block numbers.
+      levels: noise levels.
+    """
+    rows, columns = len(blocks) + 1, len(levels)
+    figure = plt.figure(figsize=(0.9 * columns * len(maps) + 0.8, 0.9 * rows + 0.7), layout="constrained")
+    parts = np.atleast_1d(figure.subfigures(1, len(maps)))
+    for part, (name, pictures) in zip(parts, maps.items(), strict=True):
+        part.suptitle(name, fontsize=10)
+        grid = part.subplots(rows, columns, squeeze=False)
+        for (row, column), axes in np.ndenumerate(grid):
+            axes.imshow(inputs[column] if row == 0 else pictures[column, row - 1], vmin=0, vmax=1, cmap="gray")
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+            if row == 0:
+                axes.set_title(f"{levels[column]:g}", fontsize=8)
+            if column == 0:
+                axes.set_ylabel("input" if row == 0 else f"block {blocks[row - 1]}", fontsize=8)
+    save(figure, path)
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a figure as PNG and close it."""
+    with files.whole(path) as unfinished:
+        figure.savefig(unfinished, format="png", dpi=DOTS_PER_INCH)
+    plt.close(figure)

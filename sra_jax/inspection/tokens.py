@@ -1,0 +1,249 @@
+"""Tokens of a trained model: after any of its blocks, at any noise level, with or without the true label.
+
+Features for many examples are averaged over tokens and kept on disk:
+
+    <cache>/<key>/manifest.json         what the features are of; the key is a hash of it
+    <cache>/<key>/features_00000.npy    (rows, levels, blocks, D) float32
+    <cache>/<key>/labels_00000.npy      (rows,) int32
+
+Every file appears whole, so that a pass that was interrupted goes on where it stopped.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from sra_jax import config as config_lib
+from sra_jax import files
+from sra_jax.data.dataset import Dataset, ExampleSource
+from sra_jax.diffusion.process import Process
+from sra_jax.distributed import sharding
+from sra_jax.errors import UserError
+from sra_jax.runs.state import Params
+from sra_jax.runs.trained import TrainedModel
+
+CONDITIONS = ("null", "true")
+SHARD_BYTES = 2**28
+IN_MEMORY_BYTES = 2**30
+READ_THREADS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Which features.
+
+    Attributes:
+      blocks: ascending block numbers from 1.
+      levels: ascending noise levels, fractions of the process's time range: 0 = data, 1 = noise.
+      condition: the label that the network sees: "null" for the null label, "true" for the example's own.
+      seed: of the noise; an example has the same noise at every level.
+    """
+
+    blocks: tuple[int, ...]
+    levels: tuple[float, ...]
+    condition: str = "null"
+    seed: int = 0
+
+    def check(self, depth: int) -> None:
+        """Raises `UserError` where a network of `depth` blocks has no such features."""
+        wrong = [block for block in self.blocks if not 1 <= block <= depth]
+        if wrong or not self.blocks or list(self.blocks) != sorted(set(self.blocks)):
+            raise UserError(
+                f"--blocks={','.join(map(str, self.blocks))}: give ascending block numbers from 1 to {depth}, or all"
+            )
+        levels = self.levels
+        if not levels or list(levels) != sorted(set(levels)) or not all(0 <= level <= 1 for level in levels):
+            raise UserError(
+                f"--levels={','.join(map(str, levels))}: give ascending noise levels between 0 (data) and 1 (noise)"
+            )
+        if self.condition not in CONDITIONS:
+            raise UserError(f"--condition={self.condition!r} is unknown; allowed: {', '.join(CONDITIONS)}")
+
+
+def parse_blocks(given: Sequence[str], depth: int) -> tuple[int, ...]:
+    """The --blocks flag: block numbers, or `all` of the network's.
+
+    Raises:
+      UserError: something else.
+    """
+    if list(given) == ["all"]:
+        return tuple(range(1, depth + 1))
+    try:
+        return tuple(int(block) for block in given)
+    except ValueError as error:
+        raise UserError(f"--blocks={','.join(given)}: give block numbers such as 4,8,12, or all") from error
+
+
+def parse_levels(given: Sequence[str]) -> tuple[float, ...]:
+    """The --levels flag: numbers.
+
+    Raises:
+      UserError: something else.
+    """
+    try:
+        return tuple(float(level) for level in given)
+    except ValueError as error:
+        raise UserError(f"--levels={','.join(given)}: give numbers between 0 (data) and 1 (noise)") from error
+
+
+def times(process: Process, levels: Sequence[float]) -> jax.Array:
+    """Noise levels in the process's own time (L,): fractions of a flow's [0, 1], or steps 0 .. T-1."""
+    dtype = jax.eval_shape(lambda: process.sample_time(jax.random.key(0), 1)).dtype
+    t = np.asarray(levels, np.float64) * process.time_extent
+    if jnp.issubdtype(dtype, jnp.integer):
+        t = np.minimum(np.floor(t + 1e-6), process.time_extent - 1)
+    return jnp.asarray(t, dtype)
+
+
+def make_extractor(
+    model: TrainedModel, encode: Callable[..., jax.Array], settings: Settings, pool: bool
+) -> Callable[[Params, Mapping[str, jax.Array], jax.Array], tuple[jax.Array, jax.Array]]:
+    """The pure function `extract(params, batch, indices) -> (x_t, features)`, to be jitted.
+
+    Args:
+      model: the trained model.
+      encode: the dataset's.
+      settings: which features.
+      pool: average over tokens.
+
+    Returns:
+      A function of the parameters, a batch of examples and their numbers (B,), which seed their noise. It returns the
+      noisy latents (B,L,H,W,C) and the features (B,L,K,N,D), or (B,L,K,D) with `pool`, for L levels and K blocks.
+    """
+    process = config_lib.process_of(model.config)
+    null, networks = model.config.data.num_classes, model.networks
+
+    def extract(params: Params, batch: Mapping[str, jax.Array], indices: jax.Array) -> tuple[jax.Array, jax.Array]:
+        key = jax.random.key(settings.seed)
+        x0 = encode(batch, jax.random.fold_in(key, indices[0]))
+        noise = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), x0.shape[1:]))(indices)
+        labels = batch["label"] if settings.condition == "true" else jnp.full_like(batch["label"], null)
+        network = networks.model(params)
+
+        def at(time: jax.Array) -> tuple[jax.Array, jax.Array]:
+            t = jnp.full(len(x0), time)
+            x_t = process.perturb(x0, noise, t)
+            _, tokens = network(x_t, t, labels, taps=settings.blocks, stop=settings.blocks[-1])
+            return x_t, jnp.stack([x.mean(axis=1) if pool else x for x in tokens], axis=1)
+
+        x_t, features = jax.lax.map(at, times(process, settings.levels))
+        return jnp.moveaxis(x_t, 0, 1), jnp.moveaxis(features, 0, 1)
+
+    return extract
+
+
+class _Chosen:
+    """Some examples of a source with their numbers, as grain reads them."""
+
+    def __init__(self, source: ExampleSource, indices: np.ndarray):
+        self._source, self._indices = source, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, position: int) -> dict[str, np.ndarray]:
+        index = int(self._indices[position])
+        return {**self._source[index], "index": np.int32(index)}
+
+
+class FeatureSet:
+    """Features on disk: rows of (levels, blocks, D) and their labels.
+
+    Attributes:
+      labels: (rows,) int32.
+      shape: (levels, blocks, D).
+    """
+
+    def __init__(self, folder: Path):
+        shards = sorted(folder.glob("features_*.npy"))
+        self._shards = [np.load(path, mmap_mode="r") for path in shards]
+        if sum(shard.nbytes for shard in self._shards) <= IN_MEMORY_BYTES:
+            self._shards = [np.concatenate(self._shards)]
+        self._starts = np.cumsum([0, *map(len, self._shards)])
+        self.labels = np.concatenate([np.load(path) for path in sorted(folder.glob("labels_*.npy"))])
+        self.shape = self._shards[0].shape[1:]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def rows(self, indices: np.ndarray) -> np.ndarray:
+        """Rows `indices` (n,) as (n, levels, blocks, D) float32."""
+        out = np.empty((len(indices), *self.shape), np.float32)
+        where = np.searchsorted(self._starts, indices, side="right") - 1
+        for shard in np.unique(where):
+            chosen = where == shard
+            out[chosen] = self._shards[shard][indices[chosen] - self._starts[shard]]
+        return out
+
+
+def extract_to_disk(
+    model: TrainedModel, dataset: Dataset, indices: np.ndarray, settings: Settings, cache: Path, batch_size: int,
+    name: str,
+) -> FeatureSet:
+    """Pooled features of examples `indices` of a dataset, from the cache as far as it has them.
+
+    Args:
+      model: the trained model.
+      dataset: where the examples are.
+      indices: their numbers.
+      settings: which features.
+      cache: folder of all features that are kept.
+      batch_size: examples at a time over all devices.
+      name: what the progress bar says.
+    """
+    manifest = {
+        "checkpoint": model.fingerprint(), "settings": dataclasses.asdict(settings),
+        "data": {k: v for k, v in model.config.data.to_dict().items() if k != "workers"},
+        "examples": len(dataset.source), "indices": hashlib.sha256(np.asarray(indices, np.int64).tobytes()).hexdigest(),
+    }  # fmt: skip
+    text = json.dumps(manifest, indent=2, sort_keys=True)
+    folder = cache / hashlib.sha256(text.encode()).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    batch_size = -(-batch_size // model.mesh.size) * model.mesh.size
+    row_bytes = 4 * len(settings.levels) * len(settings.blocks) * model.config.model.width
+    rows = batch_size * max(1, SHARD_BYTES // (row_bytes * batch_size))
+    plan = {"rows_per_shard": rows, "of": manifest}
+    if (folder / "manifest.json").exists():
+        plan = json.loads((folder / "manifest.json").read_text())  # the shards there may be of another batch size
+        rows = plan["rows_per_shard"]
+    else:
+        _write(folder / "manifest.json", lambda file: file.write(json.dumps(plan, indent=2).encode()))
+    extract = jax.jit(make_extractor(model, dataset.encode, settings, pool=True))
+    with tqdm(total=len(indices), desc=name, unit="example", dynamic_ncols=True, leave=False) as bar:
+        for shard, first in enumerate(range(0, len(indices), rows)):
+            part = indices[first : first + rows]
+            bar.update(len(part) if (folder / f"labels_{shard:05d}.npy").exists() else 0)
+            if not (folder / f"labels_{shard:05d}.npy").exists():  # written after its features
+                features, labels = _extract_shard(extract, model, dataset, part, batch_size, bar)
+                _write(folder / f"features_{shard:05d}.npy", lambda file, array=features: np.save(file, array))
+                _write(folder / f"labels_{shard:05d}.npy", lambda file, array=labels: np.save(file, array))
+    return FeatureSet(folder)
+
+
+def _extract_shard(
+    extract: Callable[..., Any], model: TrainedModel, dataset: Dataset, indices: np.ndarray, batch_size: int, bar: tqdm
+) -> tuple[np.ndarray, np.ndarray]:
+    padded = np.concatenate([indices, np.repeat(indices[:1], -len(indices) % batch_size)])
+    stream = grain.MapDataset.source(_Chosen(dataset.source, padded)).batch(batch_size)
+    features, labels = [], []
+    for batch in stream.to_iter_dataset(grain.ReadOptions(num_threads=READ_THREADS)):
+        put = sharding.put_rows({key: np.asarray(array) for key, array in batch.items()}, model.mesh)
+        _, pooled = extract(model.params, put, put.pop("index"))
+        features.append(sharding.gather(pooled))
+        labels.append(np.asarray(batch["label"], np.int32))
+        bar.update(min(batch_size, len(indices) - batch_size * (len(features) - 1)))
+    return np.concatenate(features)[: len(indices)], np.concatenate(labels)[: len(indices)]
+
+
+def _write(path: Path, write: Callable[[Any], Any]) -> None:
+    with files.whole(path) as unfinished, unfinished.open("wb") as file:
+        write(file)

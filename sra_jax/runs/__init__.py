@@ -1,0 +1,7 @@
+"""A run's folder: the train state, its checkpoints, the metrics log, and runs made from other runs or files."""
+
+CONFIG = "config.json"
+"""The recipe as it was run, in the run's folder."""
+
+TREES = ("params", "ema", "opt_state")
+"""The trees of a checkpoint."""

@@ -1,0 +1,216 @@
+"""From a file of PyTorch tensors to a run's folder, and back.
+
+Nothing is held in memory whole but one of the four trees of a run at a time: parameters, EMA, AdamW's two moments.
+"""
+
+import ctypes
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from ml_collections import ConfigDict
+
+from sra_jax import config as config_lib
+from sra_jax import files
+from sra_jax.errors import UserError
+from sra_jax.interop.families import Contents, from_original_sit
+from sra_jax.interop.pytorch import Tree, insert, leaf_from_pytorch, leaves, pytorch_from_params
+from sra_jax.interop.tensor_files import TensorFile
+from sra_jax.runs import CONFIG, TREES
+from sra_jax.runs.state import Networks, make_optimizer
+from sra_jax.runs.trained import TrainedModel
+
+READ_TOGETHER = 4
+"""Tensors that are read from one opening of the file: more are faster, fewer take less memory."""
+
+WRITING_GIGABYTES = 1
+"""What orbax may hold in memory beside the tree that it writes."""
+
+
+def read_tree(file: TensorFile, group: str, contents: Contents) -> Tree:
+    """A group of a file's tensors as a parameter tree, {"model": ...} and, where it is there, "head"; float32.
+
+    The original SiT's tensors are changed to our time and velocity; its moments cannot be.
+    """
+    network, tree = contents.network, {}
+    for path, names in leaves(network.depth, contents.head):
+        tensors = _read_few(file, group, names)
+        if contents.family == "sit_original":
+            tensors = (from_original_sit(name, t, network) for name, t in zip(names, tensors, strict=True))
+        insert(tree, path, jax.numpy.asarray(leaf_from_pytorch(path, tensors, network.depth, network.heads)))
+        _return_memory()
+    return tree
+
+
+def _read_few(file: TensorFile, group: str, names: Sequence[str]) -> Iterator[np.ndarray]:
+    """The tensors one after the other, read a few at a time."""
+    for first in range(0, len(names), READ_TOGETHER):
+        yield from file.read(group, names[first : first + READ_TOGETHER])
+
+
+def check_config(config: ConfigDict, contents: Contents) -> None:
+    """Raises `UserError` where a run's config does not describe the network of a file."""
+    config_lib.check(config)
+    wanted, found = config_lib.transformer_of(config), contents.network
+    outputs = found.channels if contents.family == "sit_original" else found.output_channels
+    pairs = {
+        "model.depth": (wanted.depth, found.depth), "model.width": (wanted.width, found.width),
+        "model.heads": (wanted.heads, found.heads), "model.patch": (wanted.patch, found.patch),
+        "model.mlp_ratio": (wanted.mlp_ratio, found.mlp_ratio),
+        "data.image_size": (wanted.input_size, found.input_size), "data.channels": (wanted.channels, found.channels),
+        "data.num_classes": (wanted.num_classes, found.num_classes),
+        "output channels (process.name)": (wanted.output_channels, outputs),
+        "alignment.enabled and .head": (config.alignment.enabled and config.alignment.head, contents.head),
+    }  # fmt: skip
+    wrong = [f"{key}: {asked} in the config, {has} in the file" for key, (asked, has) in pairs.items() if asked != has]
+    if wrong:
+        raise UserError("the config does not describe the file:\n  " + "\n  ".join(wrong))
+
+
+def import_checkpoint(
+    file: TensorFile, contents: Contents, config: ConfigDict, workdir: Path, fresh_optimizer: bool = False
+) -> str:
+    """Write a file's weights as a run that tools read and that training goes on with.
+
+    Args:
+      file: an opened checkpoint; a group that it lacks (params or ema) is taken from the other.
+      contents: as `families.describe` gives it.
+      config: the run's.
+      workdir: must not exist, or be empty; appears whole or not at all.
+      fresh_optimizer: start the optimizer anew although the file holds its state.
+
+    Returns:
+      What became of the optimizer's state.
+
+    Raises:
+      UserError: the config does not fit, or the folder holds something.
+    """
+    check_config(config, contents)
+    if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+        raise UserError(f"--workdir={workdir} exists and is not empty; choose another")
+    params = "params" if "params" in file.groups else "ema"
+    ema = "ema" if "ema" in file.groups else "params"
+    if fresh_optimizer or "mu" not in file.groups:
+        fate = "started anew" if fresh_optimizer else "not in the file: started anew"
+    elif contents.family == "sit_original":
+        fate = "started anew: its second moments do not survive the change of time"
+        fresh_optimizer = True
+    else:
+        fate = f"taken over, {file.moment_step} updates"
+
+    def optimizer_state() -> Any:
+        abstract = jax.eval_shape(Networks(config).init, jax.random.key(0))
+        if fresh_optimizer or "mu" not in file.groups:
+            zeros = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), abstract)
+            return _filled(config, abstract, zeros, zeros, count=0, step=file.step)
+        return _filled(config, abstract, read_tree(file, "mu", contents), read_tree(file, "nu", contents),
+                       count=file.moment_step, step=file.step)  # fmt: skip
+
+    write_run(workdir, config, file.step, {
+        "params": lambda: read_tree(file, params, contents),
+        "ema": lambda: read_tree(file, ema, contents),
+        "opt_state": optimizer_state,
+    })  # fmt: skip
+    return fate
+
+
+def _filled(config: ConfigDict, abstract: Tree, mu: Tree, nu: Tree, count: int, step: int) -> optax.OptState:
+    """The optimizer's state with these moments after `count` updates, its schedules at `step`."""
+
+    def fill(state: Any) -> Any:
+        if isinstance(state, optax.ScaleByAdamState):
+            return state._replace(count=np.asarray(count, np.int32), mu=mu, nu=nu)
+        return state._replace(count=np.asarray(step, np.int32))
+
+    def is_state(node: Any) -> bool:
+        return isinstance(node, (optax.ScaleByAdamState, optax.ScaleByScheduleState))
+
+    empty = jax.eval_shape(make_optimizer(config, steps=config.steps or 1).init, abstract)
+    return jax.tree.map(fill, empty, is_leaf=is_state)
+
+
+def write_run(workdir: Path, config: ConfigDict, step: int, trees: Mapping[str, Callable[[], Any]]) -> None:
+    """A run's folder with one checkpoint, each tree made, written and dropped in turn.
+
+    Args:
+      workdir: appears whole or not at all.
+      config: the run's.
+      step: the checkpoint's.
+      trees: params, ema and opt_state, made when they are called.
+    """
+    with files.whole(workdir.absolute()) as part:
+        _write_run(part, config, step, trees)
+
+
+def _write_run(part: Path, config: ConfigDict, step: int, trees: Mapping[str, Callable[[], Any]]) -> None:
+    shutil.rmtree(part, ignore_errors=True)
+    folder = part / "checkpoints"
+    manager = ocp.CheckpointManager(folder, item_names=(*TREES, "meta"))
+    meta = {"step": step, "config": config.to_dict(), "data": {"next_batch": step}}
+    manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta)))
+    manager.close()
+    for name, make in trees.items():
+        # a writer of its own for each tree: it holds what it wrote until it is closed
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler(save_concurrent_gb=WRITING_GIGABYTES)) as writer:
+            writer.save(folder / str(step) / name, args=ocp.args.StandardSave(make()))
+        _return_memory()
+    (part / CONFIG).write_text(config_lib.to_json(config) + "\n")
+
+
+def _return_memory() -> None:
+    """Give freed memory back to the system: glibc keeps what many pieces of some megabytes leave."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
+def export_checkpoint(workdir: Path, step: int | None, weights: str, output: Path) -> tuple[int, bool]:
+    """Write a run's weights under the authors' names, with the position table, as `load_state_dict` takes them.
+
+    Args:
+      workdir: the run's.
+      step: which checkpoint; None takes the newest.
+      weights: "ema", "params" or "both".
+      output: .safetensors, a bare state dict of one of the two; or .pt, a dict with `ema` and/or `model`, and `steps`.
+
+    Returns:
+      The step, and whether the projection head is among the tensors.
+
+    Raises:
+      UserError: no such run or step, another suffix, or both trees for safetensors.
+    """
+    if output.suffix not in (".safetensors", ".pt"):
+        raise UserError(f"--output={output} must end in .pt or .safetensors")
+    if output.suffix == ".safetensors" and weights == "both":
+        raise UserError("a .safetensors file holds one state dict: --export=ema or --export=params")
+    groups: dict[str, dict[str, np.ndarray]] = {}
+    for tree in ("params", "ema") if weights == "both" else (weights,):
+        model = TrainedModel(workdir, step, tree)
+        network = config_lib.transformer_of(model.config)
+        groups["model" if tree == "params" else tree] = pytorch_from_params(
+            model.params, network.channels, network.input_size
+        )
+    if output.suffix == ".safetensors":
+        (tensors,) = groups.values()
+        files.write_safetensors(output, tensors)
+    else:
+        with files.whole(output) as unfinished:
+            _torch_save(groups, model.step, unfinished)
+    return model.step, "head" in model.params
+
+
+def _torch_save(groups: Mapping[str, Mapping[str, np.ndarray]], step: int, path: Path) -> None:
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError("writing .pt needs PyTorch (pip install torch); --output=FILE.safetensors does not") from error
+    content = {
+        group: {name: torch.tensor(tensor) for name, tensor in tensors.items()} for group, tensors in groups.items()
+    }
+    torch.save({**content, "steps": step}, path)

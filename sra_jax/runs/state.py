@@ -1,0 +1,135 @@
+"""What a run carries from step to step, and how it begins."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from ml_collections import ConfigDict
+
+from sra_jax import config as config_lib
+from sra_jax.methods.heads import Head
+from sra_jax.models.stack import ANYWHERE, Placement
+from sra_jax.models.transformer import Transformer
+
+Params = dict[str, Any]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """One run at one step.
+
+    Attributes:
+      step: number of updates made, int32 scalar.
+      params: {"model": the transformer's parameters, "head": the projection head's}; no head in baseline runs. Float32.
+      ema: the teacher, a tree like `params`.
+      opt_state: the optimizer's.
+    """
+
+    step: jax.Array
+    params: Params
+    ema: Params
+    opt_state: optax.OptState
+
+
+class Networks:
+    """The static half of the student and the teacher: functions of a parameter tree.
+
+    Args:
+      config: the recipe.
+      placement: where arrays lie while the networks run; `sharding.placement` makes it from a mesh.
+    """
+
+    def __init__(self, config: ConfigDict, placement: Placement = ANYWHERE):
+        shape = config_lib.transformer_of(config)
+        alignment = config_lib.alignment_of(config)
+        makers: dict[str, Callable[[nnx.Rngs], nnx.Module]] = {
+            "model": lambda rngs: Transformer(shape, rngs=rngs, placement=placement)
+        }
+        if alignment is not None and alignment.head:
+            makers["head"] = lambda rngs: Head(shape, rngs=rngs)
+        self._makers = makers
+        self._placement = placement
+        self._graphs = {
+            name: nnx.graphdef(nnx.eval_shape(lambda make=make: make(nnx.Rngs(0)))) for name, make in makers.items()
+        }
+
+    def init(self, key: jax.Array) -> Params:
+        """Fresh parameters, float32."""
+        keys = jax.random.split(key, 2)
+        return {
+            name: nnx.to_pure_dict(nnx.split(make(nnx.Rngs(params=key)))[1])
+            for (name, make), key in zip(self._makers.items(), keys, strict=False)
+        }
+
+    def model(self, params: Params) -> Transformer:
+        """The transformer with these parameters; inside a traced function."""
+        others = {name: tree for name, tree in params["model"].items() if name != "blocks"}
+        return nnx.merge(
+            self._graphs["model"], self._placement.others(others) | {"blocks": params["model"]["blocks"]}
+        )
+
+    def project(self, params: Params, tokens: jax.Array) -> jax.Array:
+        """The student's tokens (B,N,D) through the head where there is one."""
+        if "head" not in self._graphs:
+            return tokens
+        (head,) = self._placement.others({"head": params["head"]}).values()
+        return nnx.merge(self._graphs["head"], head)(tokens)
+
+
+def learning_rate(config: ConfigDict, steps: int) -> optax.Schedule:
+    """Learning rate by step: linear warm-up, then constant or a cosine to 0 at step `steps`."""
+    optimizer = config.optimizer
+    peak, warmup = optimizer.learning_rate, optimizer.warmup_steps
+    if optimizer.schedule == "cosine":
+        after = optax.cosine_decay_schedule(peak, max(steps - warmup, 1))
+    else:
+        after = optax.constant_schedule(peak)
+    if not warmup:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
+
+
+def ema_decay(config: ConfigDict, steps: int) -> Callable[[jax.Array], jax.Array]:
+    """EMA decay by step: constant, or from `decay` to 1 as 1 - (1 - decay) (cos(pi step / steps) + 1) / 2 (BYOL)."""
+    decay = config.ema.decay
+    if config.ema.schedule == "constant":
+        return lambda step: jnp.float32(decay)
+    return lambda step: 1 - (1 - decay) * (jnp.cos(jnp.pi * jnp.minimum(step / steps, 1.0)) + 1) / 2
+
+
+def make_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformation:
+    """AdamW after clipping the global gradient norm."""
+    optimizer = config.optimizer
+    adamw = optax.adamw(
+        learning_rate(config, steps), b1=optimizer.b1, b2=optimizer.b2, eps=optimizer.eps,
+        weight_decay=optimizer.weight_decay,
+    )  # fmt: skip
+    return optax.chain(clip_by_global_norm(optimizer.clip_norm), adamw) if optimizer.clip_norm else adamw
+
+
+def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
+    """Gradients scaled down, all by one factor, to a global norm of at most `limit`.
+
+    As optax's of that name, but with one division in place of one an entry: the compiler then clips where it reads the
+    gradients and writes no clipped copy of them.
+    """
+
+    def clip(gradients: Params, params: Params | None = None) -> Params:
+        del params
+        factor = limit / jnp.maximum(optax.tree.norm(gradients), limit)
+        return jax.tree.map(lambda g: g * factor.astype(g.dtype), gradients)
+
+    return optax.stateless(clip)
+
+
+def init_state(networks: Networks, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
+    """The state before the first step; the teacher starts as a copy of the student. To be jitted with shardings."""
+    params = networks.init(key)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32), params=params, ema=jax.tree.map(jnp.copy, params),
+        opt_state=optimizer.init(params),
+    )  # fmt: skip

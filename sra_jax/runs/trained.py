@@ -1,0 +1,70 @@
+"""A trained model as the tools use it: config, one parameter tree of one checkpoint, devices."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from sra_jax import config as config_lib
+from sra_jax.distributed import sharding
+from sra_jax.runs import CONFIG
+from sra_jax.runs.checkpoints import Checkpoints
+from sra_jax.runs.state import Networks, Params
+
+
+class TrainedModel:
+    """One checkpoint of a run, on all devices of this process's JAX.
+
+    Args:
+      workdir: the run's folder.
+      step: which checkpoint; None takes the newest.
+      weights: "ema" or "params".
+      sampling: values that replace those of the config's `sampling` section.
+
+    Attributes:
+      config: the run's config with the replaced values.
+      step: the checkpoint's.
+      mesh: all devices.
+      networks: functions of `params`.
+      params: {"model": ...} and, where it was trained, "head".
+
+    Raises:
+      UserError: no such run or checkpoint, or sampling values that cannot work.
+    """
+
+    def __init__(
+        self, workdir: Path, step: int | None = None, weights: str = "ema", sampling: Mapping[str, Any] | None = None
+    ):
+        workdir = Path(workdir)
+        self._workdir, self._weights = workdir, weights
+        self.config = config_lib.read(workdir / CONFIG)
+        with self.config.unlocked():
+            with self.config.sampling.ignore_type():  # DDPM's steps are a number or a list of sections
+                self.config.sampling.update(sampling or {})
+            self.config.mesh.update(data=-1, fsdp=1, model=1)  # the run's own mesh may have been a pod
+            self.config.accumulation = 1
+            self.config.batch_size = jax.device_count()
+        config_lib.check(self.config, jax.device_count())
+        self.mesh = sharding.make_mesh(config_lib.mesh_shape(self.config, jax.device_count()))
+        self.networks = Networks(self.config)
+        checkpoints = Checkpoints(workdir, read_only=True)
+        try:
+            self.step = checkpoints.choose(step)
+            self.params: Params = checkpoints.restore_item(weights, self._abstract(), self.step)
+        finally:
+            checkpoints.close()
+
+    def _abstract(self) -> Params:
+        shapes = jax.eval_shape(self.networks.init, jax.random.key(0))
+        layout = sharding.state_shardings(shapes, self.mesh)
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, layout)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells this checkpoint and tree apart from any other, as JSON data."""
+        folder = self._workdir.absolute() / "checkpoints" / str(self.step)
+        metadata = folder / "_CHECKPOINT_METADATA"  # orbax writes the moment of the save into it
+        return {
+            "path": str(folder), "weights": self._weights,
+            "saved": metadata.read_text() if metadata.exists() else "", "model": self.config.model.to_dict(),
+        }  # fmt: skip

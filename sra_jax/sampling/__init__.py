@@ -1,0 +1,1 @@
+"""A trained model -> images: generation, grids, the flags of tools that sample."""

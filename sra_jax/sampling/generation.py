@@ -1,0 +1,155 @@
+"""Images from a model's parameters: sample i is a function of (parameters, seed, i, its label) alone."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from sra_jax import config as config_lib
+from sra_jax.data import registry as datasets
+from sra_jax.data.dataset import Decoder
+from sra_jax.distributed import sharding
+from sra_jax.errors import UserError
+from sra_jax.runs.state import Networks, Params
+from sra_jax.runs.trained import TrainedModel
+
+LABEL_STREAM = 2**31 - 1
+
+
+def labels_for(indices: np.ndarray, scheme: str | Sequence[int], num_classes: int, seed: int) -> np.ndarray:
+    """Labels (N,) int32 of samples `indices` (N,).
+
+    Args:
+      indices: sample numbers from 0.
+      scheme: "balanced" takes the classes in turn, "uniform" draws each from (seed, index), a list is repeated.
+      num_classes: classes of the model.
+      seed: of the draws.
+
+    Raises:
+      UserError: an unknown scheme or a class that does not exist.
+    """
+    if scheme == "balanced":
+        return (indices % num_classes).astype(np.int32)
+    if scheme == "uniform":
+        keys = jax.vmap(lambda i: jax.random.fold_in(_sample_key(seed, i), LABEL_STREAM))(jnp.asarray(indices))
+        return np.asarray(jax.vmap(lambda key: jax.random.randint(key, (), 0, num_classes))(keys), np.int32)
+    if isinstance(scheme, str):
+        raise UserError(
+            f"labels={scheme!r} is unknown; allowed: balanced, uniform, or class numbers such as 3 or 1,5,7"
+        )
+    wrong = [label for label in scheme if not 0 <= label < num_classes]
+    if wrong or not scheme:
+        raise UserError(f"labels={','.join(map(str, wrong or scheme))}: classes run from 0 to {num_classes - 1}")
+    return np.asarray(scheme, np.int32)[indices % len(scheme)]
+
+
+def _sample_key(seed: int, index: jax.Array) -> jax.Array:
+    return jax.random.fold_in(jax.random.key(seed), index)
+
+
+def make_sampler(config: ConfigDict, networks: Networks) -> Callable[[Params, jax.Array, jax.Array, Any], jax.Array]:
+    """The pure function `sample(params, indices, labels, seed) -> latents` from noise to latents, to be jitted.
+
+    Args:
+      config: its `sampling` section says how.
+      networks: the run's.
+
+    Returns:
+      A function of the parameters, sample numbers (B,), labels (B,) and the seed; latents (B,H,W,C) float32.
+    """
+    process, sampler = config_lib.process_of(config), config_lib.sampler_of(config)
+    guidance = config_lib.guidance_of(config)
+    shape = (config.data.image_size, config.data.image_size, config.data.channels)
+    options = {name: config.sampling[name] for name in sampler.options}
+
+    def sample(params: Params, indices: jax.Array, labels: jax.Array, seed: Any) -> jax.Array:
+        keys = jax.vmap(lambda i: _sample_key(seed, i))(indices)
+
+        def normals(stream: Any) -> jax.Array:  # stream 0 is the initial noise, i + 1 that of step i
+            return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, stream), shape))(keys)
+
+        def denoise(x: jax.Array, t: jax.Array, y: jax.Array) -> jax.Array:
+            return networks.model(params)(x, t, y)[0]
+
+        return sampler.sample(
+            process, denoise, normals(0), labels, lambda i: normals(i + 1), steps=config.sampling.steps,
+            guidance=guidance, **options,
+        )  # fmt: skip
+
+    return sample
+
+
+class Generator:
+    """Batches of images from one model over a mesh.
+
+    Args:
+      config: the run's config, its `sampling` section as wanted now.
+      mesh: the batch is split over all its devices.
+      decoder: latents to uint8 images.
+      batch_size: images at a time; rounded up to a multiple of the number of devices.
+      seed: of the noise and of uniform labels.
+    """
+
+    def __init__(self, config: ConfigDict, mesh: Mesh, decoder: Decoder, batch_size: int, seed: int):
+        self._config, self._mesh, self._decoder, self._seed = config, mesh, decoder, seed
+        self.batch_size = -(-batch_size // mesh.size) * mesh.size
+        split = sharding.batch_sharding(mesh)
+        networks = Networks(config, sharding.placement(mesh, config_lib.DTYPES[config.dtype]))
+        self._sample = jax.jit(make_sampler(config, networks), out_shardings=split)
+        self._all_finite = jax.jit(lambda latents: jnp.isfinite(latents).all(), out_shardings=sharding.replicated(mesh))
+
+    def lower(self, params: Params) -> jax.stages.Lowered:
+        """The program that `images` runs, for parameters that may be shapes with shardings."""
+        split = sharding.batch_sharding(self._mesh)
+        rows = jax.ShapeDtypeStruct((self.batch_size,), np.int32, sharding=split)
+        return self._sample.lower(params, rows, rows, np.int32(self._seed))
+
+    def describe(self) -> dict[str, Any]:
+        """How the samples are made: for results, and to tell whether two sets of samples are the same."""
+        sampling = {k: v for k, v in self._config.sampling.items() if not k.startswith("preview_")}
+        return {**sampling, "seed": self._seed}
+
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images, pixels; one latent of zeros is decoded to know it."""
+        size, channels = self._config.data.image_size, self._config.data.channels
+        return self._decoder(jnp.zeros((1, size, size, channels))).shape[1:3]
+
+    def images(
+        self, params: Params, count: int, labels: str | Sequence[int] = "balanced", start: int = 0
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Samples `start` .. `count` - 1, batch by batch.
+
+        Args:
+          params: {"model": ...}, the EMA's for samples worth looking at.
+          count: number of samples, counted from sample 0.
+          labels: as `labels_for` takes them.
+          start: number of the first sample to make.
+
+        Yields:
+          Images (n,H,W,C) uint8 and their labels (n,) int32.
+
+        Raises:
+          UserError: a sample holds NaN or infinite values, of which no image can be made.
+        """
+        for first in range(start, count, self.batch_size):
+            indices = np.arange(first, first + self.batch_size, dtype=np.int32)
+            chosen = labels_for(indices, labels, self._config.data.num_classes, self._seed)
+            put = sharding.put_rows({"indices": indices, "labels": chosen}, self._mesh)
+            latents = self._sample(params, put["indices"], put["labels"], np.int32(self._seed))
+            keep = min(count - first, self.batch_size)
+            if not self._all_finite(latents):
+                raise UserError(
+                    f"samples {first} to {first + keep - 1} hold NaN or infinite values: these parameters have "
+                    "diverged; choose an earlier checkpoint, or a smaller sampling.guidance_scale"
+                )
+            images = self._decoder(latents)
+            yield sharding.gather(images)[:keep], chosen[:keep]
+
+
+def generator_of(model: TrainedModel, batch_size: int, seed: int) -> Generator:
+    """Images from a trained model with its config's sampler and guidance."""
+    return Generator(model.config, model.mesh, datasets.decoder(model.config.data), batch_size, seed)

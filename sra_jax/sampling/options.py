@@ -1,0 +1,59 @@
+"""What the tools that sample are told on the command line."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from sra_jax.errors import UserError
+
+
+def define_sampling_flags() -> None:
+    """Flags of every tool that samples; each replaces the run's own value."""
+    flags.DEFINE_string("sampler", None, "Sampler of the run's family, such as sde, ode or heun; default: the run's.")
+    flags.DEFINE_string("sampling_steps", None, "Steps of the sampler; default: the run's.")
+    flags.DEFINE_float("guidance_scale", None, "At least 1; 1 turns guidance off; default: the run's.")
+    flags.DEFINE_float("eta", None, "DDIM's share of noise, 0 (deterministic) to 1 (as DDPM); default: the run's.")
+    flags.DEFINE_list(
+        "guidance_interval", None, "Guide where low <= t <= high, fractions of the time range; default: the run's."
+    )
+    flags.DEFINE_integer("guidance_channels", None, "Guide the first so many channels; 0: all; default: the run's.")
+
+
+def sampling_overrides() -> dict[str, Any]:
+    """What the sampling flags replace in the config's `sampling` section.
+
+    Raises:
+      UserError: a value that cannot be read.
+    """
+    given = flags.FLAGS
+    overrides: dict[str, Any] = {
+        name: getattr(given, name)
+        for name in ("sampler", "guidance_scale", "guidance_channels", "eta")
+        if getattr(given, name) is not None
+    }
+    if given.sampling_steps is not None:
+        steps = given.sampling_steps
+        overrides["steps"] = int(steps) if steps.lstrip("-").isdigit() else steps
+    if given.guidance_interval is not None:
+        try:
+            low, high = (float(bound) for bound in given.guidance_interval)
+        except ValueError as error:
+            raise UserError(
+                f"--guidance_interval={','.join(given.guidance_interval)} must be two numbers: low,high"
+            ) from error
+        overrides["guidance_interval"] = (low, high)
+    return overrides
+
+
+def parse_labels(text: str) -> str | Sequence[int]:
+    """The --labels flag: a scheme's name, or class numbers with commas between."""
+    parts = text.split(",")
+    return [int(part) for part in parts] if all(part.strip().lstrip("-").isdigit() for part in parts) else text
+
+
+def check_new_file(path: Path, overwrite: bool) -> None:
+    """Raises `UserError` where `path` exists and may not be replaced."""
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} exists; give another name, or --overwrite to replace it")

@@ -1,0 +1,61 @@
+"""The metrics of the EMA while it is trained, by the code of tools/fid.py."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from sra_jax.data import registry as datasets
+from sra_jax.errors import UserError
+from sra_jax.evaluation import evaluate
+from sra_jax.evaluation.reference import Reference, load_reference
+from sra_jax.evaluation.samples import SEED, Samples, extractor_for, open_reference, write_result
+from sra_jax.sampling.generation import Generator
+
+
+class TrainingEvaluation:
+    """Metrics of the EMA while training (`config.evaluation`), with the code of tools/fid.py.
+
+    Args:
+      config: the run's.
+      mesh: its devices.
+      workdir: its folder.
+
+    Raises:
+      UserError: weights or reference are missing, or too few samples are asked for.
+    """
+
+    def __init__(self, config: ConfigDict, mesh: Mesh, workdir: Path):
+        settings = config.evaluation
+        self._count, self._workdir = settings.num_samples, Path(workdir)
+        self._generator = Generator(config, mesh, datasets.decoder(config.data), settings.batch_size, SEED)
+        self._leads = jax.process_index() == 0
+        if not self._leads:
+            return
+        reference = open_reference(settings.reference, config.data)
+        self._extractor = extractor_for(settings.extractor, settings.weights or None, reference)
+        self._metrics = evaluate.default_metrics(self._extractor, labels=True)
+        if self._count < evaluate.least_samples(self._metrics):
+            raise UserError(
+                f"evaluation.num_samples={self._count}: {', '.join(self._metrics)} need at least "
+                f"{evaluate.least_samples(self._metrics)}"
+            )
+        self._reference: Reference = load_reference(reference, self._extractor)
+
+    def measure(self, ema: Mapping[str, Any], step: int) -> dict[str, float]:
+        """The metrics of the EMA at this step, also written to evaluation/step_*.json. Empty but on process 0."""
+        params = {"model": ema["model"]}
+        if not self._leads:  # generating is everybody's work, measuring process 0's
+            for _ in self._generator.images(params, self._count):
+                pass
+            return {}
+        samples = Samples(self._generator, params, self._count, "balanced", self._extractor, folder=None)
+        result = evaluate.measure_features(
+            samples.features(f"evaluating step {step}"), self._reference, self._extractor, metrics=self._metrics,
+            image_size=self._generator.image_size(),
+        )  # fmt: skip
+        write_result(self._workdir, step, {"step": step, "sampling": self._generator.describe(), **result})
+        return {name: float(result[name]) for name in self._metrics}
