@@ -121,6 +121,8 @@ def saved_steps(workdir):
     return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
 
 
+@pytest.mark.slow
+@pytest.mark.faults
 def test_killed_damaged_and_preempted(tmp_path, cache, alone):
     """SIGKILL of one of two ends the other; a damaged checkpoint is passed over by both, though only one cannot read
     it; SIGTERM to one saves on both; and through all of it the losses are those of an undisturbed run."""
