@@ -92,8 +92,7 @@ def import_checkpoint(
       UserError: the config does not fit, or the folder holds something.
     """
     check_config(config, contents)
-    if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
-        raise UserError(f"--workdir={workdir} exists and is not empty; choose another")
+    _check_free(workdir)
     params = "params" if "params" in file.groups else "ema"
     ema = "ema" if "ema" in file.groups else "params"
     if fresh_optimizer or "mu" not in file.groups:
@@ -143,9 +142,24 @@ def write_run(workdir: Path, config: ConfigDict, step: int, trees: Mapping[str, 
       config: the run's.
       step: the checkpoint's.
       trees: params, ema and opt_state, made when they are called.
+
+    Raises:
+      UserError: the folder holds something, or another program is writing it.
     """
-    with files.whole(workdir.absolute()) as part:
-        _write_run(part, config, step, trees)
+    workdir = workdir.absolute()
+    workdir.parent.mkdir(parents=True, exist_ok=True)
+    _check_free(workdir)
+    if workdir.exists():
+        workdir.rmdir()  # empty; its place is taken by the whole folder
+    with files.locked(workdir, "choose another --workdir"):
+        _check_free(workdir)
+        with files.whole(workdir) as part:
+            _write_run(part, config, step, trees)
+
+
+def _check_free(workdir: Path) -> None:
+    if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+        raise UserError(f"--workdir={workdir} exists and is not empty; choose another")
 
 
 def _write_run(part: Path, config: ConfigDict, step: int, trees: Mapping[str, Callable[[], Any]]) -> None:

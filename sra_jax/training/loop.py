@@ -1,10 +1,11 @@
 """A run from its config to its last checkpoint: everything that happens around the train step."""
 
+import contextlib
 import dataclasses
 import gc
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,13 +107,19 @@ def train(config: ConfigDict, workdir: Path, allow_config_change: bool = False) 
       allow_config_change: go on although the saved config differs in what shapes the run.
 
     Raises:
-      UserError: before any work, where config, data or workdir cannot work.
+      UserError: before any work, where config, data or workdir cannot work, or another run is using the workdir.
       RunError: the loss is no longer finite.
       Preempted: SIGTERM came; the state is saved.
     """
     config_lib.check(config, jax.device_count())
     workdir = Path(workdir)
-    started = prepare_workdir(config, workdir, allow_config_change)
+    make_workdir(workdir)
+    with _claimed(workdir) as lock:
+        _train(config, workdir, allow_config_change, lock)
+
+
+def _train(config: ConfigDict, workdir: Path, allow_config_change: bool, lock: files.Lock | None) -> None:
+    started = holds_run(config, workdir, allow_config_change)
     processes.wait_for_all("workdir")  # before any of them writes there
     dataset = datasets.load(config.data)
     steps = config_lib.total_steps(config, len(dataset.source))
@@ -129,7 +136,7 @@ def train(config: ConfigDict, workdir: Path, allow_config_change: bool = False) 
         else:
             _describe(config, program, dataset, steps, say)
             with processes.Preemption() as preemption:
-                _run(config, program, checkpoints, state, dataset, steps, workdir, preemption)
+                _run(config, program, checkpoints, state, dataset, steps, workdir, preemption, lock)
     finally:
         checkpoints.close()
     _say_where(config, workdir, say)
@@ -139,11 +146,11 @@ def _silent(*_: Any) -> None:
     """Processes other than the first print nothing."""
 
 
-def prepare_workdir(config: ConfigDict, workdir: Path, allow_config_change: bool) -> bool:
-    """Whether the workdir holds a run of this config, checked to be the same; makes the folder otherwise.
+def make_workdir(workdir: Path) -> None:
+    """Make the folder where it is not there.
 
     Raises:
-      UserError: the folder cannot be written, holds something else, or another config's run.
+      UserError: it cannot be written.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -154,6 +161,33 @@ def prepare_workdir(config: ConfigDict, workdir: Path, allow_config_change: bool
         raise UserError(
             f"--workdir={workdir} cannot be written ({error.strerror}); choose a folder that you may write to"
         ) from error
+
+
+@contextlib.contextmanager
+def _claimed(workdir: Path) -> Iterator[files.Lock | None]:
+    """The workdir's lock, which process 0 holds for all; the others get None.
+
+    Raises:
+      UserError: on every process, where another run holds it.
+    """
+    with contextlib.ExitStack() as stack:
+        lock, refusal = None, None
+        if jax.process_index() == 0:
+            try:
+                lock = stack.enter_context(files.locked(workdir, "choose another --workdir"))
+            except UserError as error:
+                refusal = error
+        if not processes.all_agree(refusal is None):
+            raise refusal or UserError(f"--workdir={workdir} is another run's: see the message of process 0")
+        yield lock
+
+
+def holds_run(config: ConfigDict, workdir: Path, allow_config_change: bool) -> bool:
+    """Whether the workdir holds a run of this config, checked to be the same.
+
+    Raises:
+      UserError: the folder holds something else, or another config's run.
+    """
     if not (workdir / CONFIG).exists():
         if (workdir / "checkpoints").exists() and any((workdir / "checkpoints").iterdir()):
             raise UserError(f"--workdir={workdir} holds checkpoints but no {CONFIG}; choose another --workdir")
@@ -220,7 +254,7 @@ def _say_where(config: ConfigDict, workdir: Path, say: Callable[..., None]) -> N
 
 def _run(
     config: ConfigDict, program: Program, checkpoints: Checkpoints, state: TrainState, dataset: Dataset, steps: int,
-    workdir: Path, preemption: processes.Preemption,
+    workdir: Path, preemption: processes.Preemption, lock: files.Lock | None,
 ) -> None:
     """The hot loop. The host runs ahead of the devices: it waits for them only to log, to preview and to save."""
     first = int(state.step)
@@ -250,6 +284,8 @@ def _run(
             last, leaving = step + 1 == steps, preemption.due(step + 1)
             if last or leaving or (step + 1) % config.checkpoint_every == 0:
                 journal.read()  # a state is saved only once its losses are known to be finite
+                if lock:
+                    lock.check()
                 position = {"next_batch": step + 1}  # all the state that the stream of batches has
                 checkpoints.save(state, {"step": step + 1, "config": config.to_dict(), "data": position})
             if leaving and not last:
