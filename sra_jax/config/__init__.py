@@ -8,6 +8,7 @@ from sra_jax.config.checks import check
 from sra_jax.config.keys import DTYPES, FREE_KEYS, default, flatten
 from sra_jax.config.objects import (
     alignment_of,
+    guidance_interval,
     guidance_of,
     mesh_shape,
     process_of,
@@ -21,6 +22,6 @@ from sra_jax.diffusion.registry import process_defaults
 
 __all__ = [
     "DTYPES", "FREE_KEYS", "alignment_of", "check", "default", "differences", "flatten", "from_flag", "from_json",
-    "guidance_of", "mesh_shape", "process_defaults", "process_of", "read", "sampler_of", "step_flops", "to_json",
-    "total_steps", "transformer_of",
+    "guidance_interval", "guidance_of", "mesh_shape", "process_defaults", "process_of", "read", "sampler_of",
+    "step_flops", "to_json", "total_steps", "transformer_of",
 ]

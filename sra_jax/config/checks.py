@@ -6,7 +6,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from sra_jax.config.keys import DTYPES, EMA_SCHEDULES, LEARNING_RATE_SCHEDULES, default, flatten
-from sra_jax.config.objects import alignment_of, mesh_shape, process_of, sampler_of
+from sra_jax.config.objects import alignment_of, guidance_interval, mesh_shape, process_of, sampler_of
 from sra_jax.diffusion.process import Process
 from sra_jax.diffusion.registry import PROCESSES, SAMPLERS, process_defaults
 from sra_jax.errors import UserError
@@ -162,12 +162,7 @@ def _check_sampling(config: ConfigDict, process: Process) -> None:
         raise UserError(
             f"sampling.guidance_scale={sampling.guidance_scale} is out of range: at least 1, and 1 turns guidance off"
         )
-    low, high = sampling.guidance_interval
-    if not 0 <= low <= high <= 1:
-        raise UserError(
-            f"sampling.guidance_interval={sampling.guidance_interval} is out of range: 0 <= low <= high <= 1 are "
-            "fractions of the time range (0 = data, 1 = noise); the paper uses (0.0, 0.7)"
-        )
+    guidance_interval("sampling.guidance_interval", sampling.guidance_interval)
     if not 0 <= sampling.guidance_channels <= config.data.channels:
         raise UserError(
             f"sampling.guidance_channels={sampling.guidance_channels} is out of range: 0 (all) to "

@@ -1,9 +1,11 @@
 """What a config describes: the objects that the rest of the code works with."""
 
 import math
+from typing import Any
 
 from ml_collections import ConfigDict
 
+from sra_jax import values
 from sra_jax.config.keys import DTYPES
 from sra_jax.diffusion.guidance import Guidance
 from sra_jax.diffusion.process import Process
@@ -50,11 +52,23 @@ def transformer_of(config: ConfigDict) -> TransformerConfig:
     )  # fmt: skip
 
 
+def guidance_interval(name: str, value: Any) -> tuple[float, float]:
+    """The guidance interval that the key or flag `name` gives, as fractions of the time range.
+
+    Raises:
+      UserError: it is none.
+    """
+    return values.interval(
+        name, value, fixed=False,
+        advice="they are fractions of the time range (0 = data, 1 = noise), and the paper uses 0,0.7",
+    )  # fmt: skip
+
+
 def guidance_of(config: ConfigDict) -> Guidance:
     """Guidance of the config's sampler; the interval in the process's own time."""
     sampling = config.sampling
     extent = process_of(config).time_extent
-    low, high = sampling.guidance_interval
+    low, high = guidance_interval("sampling.guidance_interval", sampling.guidance_interval)
     return Guidance(
         null_label=config.data.num_classes, scale=sampling.guidance_scale, low=low * extent, high=high * extent,
         channels=sampling.guidance_channels or None,

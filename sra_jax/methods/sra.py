@@ -13,6 +13,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from sra_jax import values
 from sra_jax.errors import UserError
 from sra_jax.methods.distances import DISTANCES, mean_distance
 
@@ -34,8 +35,11 @@ class Alignment:
       weight_decay_steps: steps for one factor of ten.
       weight_decay_stair: the decayed weight changes once in so many steps (the authors change it once an epoch).
       interval: the teacher is k earlier than the student, k ~ U[low, high) as a fraction of the process's whole time
-        range; low = high gives a fixed k.
+        range; low = high, or one number, gives a fixed k.
       head: whether the student's tokens pass through the projection head.
+
+    Raises:
+      UserError: an interval that is none.
     """
 
     student_block: int
@@ -49,6 +53,13 @@ class Alignment:
     weight_decay_stair: int = 1
     interval: tuple[float, float] = (0.0, 0.2)
     head: bool = True
+
+    def __post_init__(self):
+        interval = values.interval(
+            "alignment.interval", self.interval, fixed=True,
+            advice="they are fractions of the process's time range, and the paper uses 0,0.2",
+        )  # fmt: skip
+        object.__setattr__(self, "interval", interval)
 
     def check(self, depth: int) -> None:
         """Raises `UserError` where the values cannot work with a network of `depth` blocks."""
@@ -85,12 +96,6 @@ class Alignment:
                 f"alignment.weight_decay_start={self.weight_decay_start}, "
                 f"weight_decay_steps={self.weight_decay_steps}, weight_decay_stair={self.weight_decay_stair}: the "
                 "start is a step from 0, the other two are numbers of steps from 1"
-            )
-        low, high = self.interval
-        if not 0 <= low <= high <= 1:
-            raise UserError(
-                f"alignment.interval={self.interval} is out of range: 0 <= low <= high <= 1 are fractions of the "
-                "process's time range; the paper uses (0.0, 0.2)"
             )
 
     def weight_at(self, step: jax.Array) -> jax.Array:

@@ -6,6 +6,7 @@ from typing import Any
 
 from absl import flags
 
+from sra_jax import config as config_lib
 from sra_jax.errors import UserError
 
 
@@ -15,7 +16,7 @@ def define_sampling_flags() -> None:
     flags.DEFINE_string("sampling_steps", None, "Steps of the sampler; default: the run's.")
     flags.DEFINE_float("guidance_scale", None, "At least 1; 1 turns guidance off; default: the run's.")
     flags.DEFINE_float("eta", None, "DDIM's share of noise, 0 (deterministic) to 1 (as DDPM); default: the run's.")
-    flags.DEFINE_list(
+    flags.DEFINE_string(
         "guidance_interval", None, "Guide where low <= t <= high, fractions of the time range; default: the run's."
     )
     flags.DEFINE_integer("guidance_channels", None, "Guide the first so many channels; 0: all; default: the run's.")
@@ -37,13 +38,7 @@ def sampling_overrides() -> dict[str, Any]:
         steps = given.sampling_steps
         overrides["steps"] = int(steps) if steps.lstrip("-").isdigit() else steps
     if given.guidance_interval is not None:
-        try:
-            low, high = (float(bound) for bound in given.guidance_interval)
-        except ValueError as error:
-            raise UserError(
-                f"--guidance_interval={','.join(given.guidance_interval)} must be two numbers: low,high"
-            ) from error
-        overrides["guidance_interval"] = (low, high)
+        overrides["guidance_interval"] = config_lib.guidance_interval("--guidance_interval", given.guidance_interval)
     return overrides
 
 

@@ -92,7 +92,7 @@ def test_weight_decays_as_the_authors_do():
         ({"weight": -1.0}, r"weight=-1.0"),
         ({"weight_schedule": "linear"}, r"allowed: constant, decay"),
         ({"weight_decay_steps": 0}, r"weight_decay_steps=0"),
-        ({"interval": (0.3, 0.2)}, r"interval=\(0.3, 0.2\) is out of range"),
+        ({"interval": (0.3, 0.2)}, r"interval=0.3,0.2 must be two numbers low,high"),
         ({"interval": (-0.1, 0.2)}, r"interval"),
         ({"interval": (0.0, 1.5)}, r"interval"),
     ],

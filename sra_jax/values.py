@@ -1,0 +1,161 @@
+"""Numbers, intervals and paths from outside, as text or as values: each is read strictly or refused in one line.
+
+`name` is what the user gave the value to, as the message shall say it: `--seed`, or `alignment.interval`.
+"""
+
+import math
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sra_jax.errors import UserError
+
+INTEGER = re.compile(r"[+-]?[0-9]+", re.ASCII)
+REAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", re.ASCII)
+SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+
+SHOWN = 100
+"""Characters of a wrong value that a message repeats."""
+
+SEED_LIMIT = 2**32 - 1
+"""The random keys hold 32 bits of a seed: a larger one would be the same as a smaller."""
+
+
+def shown(value: Any) -> str:
+    """A value as one would type it: tuples and lists with commas; cut where it is very long."""
+    if isinstance(value, (tuple, list)):
+        value = ",".join(map(shown, value))
+    if isinstance(value, int) and abs(value) >= 10**SHOWN:
+        return f"{'-' * (value < 0)}1e{SHOWN} and more"
+    text = str(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+def limits(low: float | None, high: float | None) -> str:
+    """A range in words: `at least 1`, `0 to 1`; empty where there is none."""
+    if low is None or high is None:
+        return f"at least {shown(low)}" if low is not None else f"at most {shown(high)}" if high is not None else ""
+    return f"{shown(low)} to {shown(high)}"
+
+
+def whole(name: str, value: Any, low: int | None = None, high: int | None = None) -> int:
+    """A whole number, given as one or as text in the digits 0-9.
+
+    Raises:
+      UserError: something else, or out of the range low..high (both ends allowed).
+    """
+    text = isinstance(value, str)
+    allowed = " ".join(filter(None, ("a whole number", limits(low, high))))
+    if isinstance(value, bool) or not (INTEGER.fullmatch(value.strip()) if text else isinstance(value, int)):
+        raise UserError(f"{name}={shown(value)} must be {allowed}")
+    # a number of thousands of digits is out of any range, and Python refuses to read it
+    number = int(value) if not text or len(value) <= SHOWN else math.inf
+    if (low is not None and number < low) or (high is not None and number > high):
+        raise UserError(f"{name}={shown(value)} is out of range: {allowed}")
+    return number
+
+
+def number(
+    name: str, value: Any, low: float | None = None, high: float | None = None, *, open_low: bool = False,
+    open_high: bool = False,
+) -> float:
+    """A finite number, given as one or as text.
+
+    Args:
+      name: what it was given to.
+      value: the number, or its text in the digits 0-9.
+      low, high: the range; None is open.
+      open_low, open_high: whether that end itself is not allowed.
+
+    Raises:
+      UserError: something else, NaN, infinite, or out of the range.
+    """
+    ends = [f"{'above' if open_low else 'at least'} {shown(low)}"] if low is not None else []
+    ends += [f"{'below' if open_high else 'at most'} {shown(high)}"] if high is not None else []
+    allowed = " ".join(filter(None, ("a finite number", " and ".join(ends))))
+    readable = REAL.fullmatch(value.strip()) if isinstance(value, str) else isinstance(value, (int, float))
+    try:
+        result = float(value) if readable and not isinstance(value, bool) else math.nan
+    except OverflowError:  # a whole number of hundreds of digits
+        result = math.inf
+    if not math.isfinite(result):
+        raise UserError(f"{name}={shown(value)} must be {allowed}")
+    too_low = low is not None and (result <= low if open_low else result < low)
+    too_high = high is not None and (result >= high if open_high else result > high)
+    if too_low or too_high:
+        raise UserError(f"{name}={shown(value)} is out of range: {allowed}")
+    return result
+
+
+def interval(name: str, value: Any, *, fixed: bool, advice: str) -> tuple[float, float]:
+    """An interval of fractions, 0 <= low <= high <= 1.
+
+    Args:
+      name: what it was given to.
+      value: two numbers, or their text (`0,0.7`, with or without brackets and spaces); what config flags make of a
+        spelling that they do not understand is taken, too.
+      fixed: whether one number k is allowed, and means the interval [k, k].
+      advice: what the message ends with, such as `the paper uses 0,0.2`.
+
+    Returns:
+      (low, high).
+
+    Raises:
+      UserError: anything else.
+    """
+    one = ", or one number for a fixed value" if fixed else ""
+    wrong = UserError(
+        f"{name}={shown(value)} must be two numbers low,high with 0 <= low <= high <= 1{one}; {advice}"
+    )
+    parts = value if isinstance(value, (tuple, list)) else [value]
+    if len(parts) == 1 and isinstance(parts[0], str):
+        text = parts[0].strip()
+        if text[:1] + text[-1:] in ("()", "[]"):
+            text = text[1:-1]
+        parts = text.removesuffix(",").split(",")
+    try:
+        ends = [number(name, part, 0, 1) for part in parts]
+    except UserError as error:
+        raise wrong from error
+    if len(ends) == 1 and fixed:
+        ends *= 2
+    if len(ends) != 2 or ends[0] > ends[1]:
+        raise wrong
+    return ends[0], ends[1]
+
+
+def path(name: str, text: str | os.PathLike) -> str:
+    """A local path, `~` expanded.
+
+    Raises:
+      UserError: an empty path, an address with a scheme such as gs://, or the home of an unknown user.
+    """
+    text = os.fspath(text)
+    if not text.strip():
+        raise UserError(f"{name}= is empty: give a path, or leave it out")
+    if scheme := SCHEME.match(text):
+        raise UserError(
+            f"{name}={text} is an address ({scheme[1]}://); paths are local, such as /data/run, run or ~/run: mount or "
+            "copy it"
+        )
+    try:
+        return str(Path(text).expanduser())
+    except RuntimeError as error:
+        raise UserError(f"{name}={text} names the home of a user who is not known here; give the whole path") from error
+
+
+def source(name: str, text: str, kinds: Sequence[str], plain: bool = True) -> str:
+    """A path with what lies there in front, KIND:PATH, the path as `path` reads it; the kind is left to its reader.
+
+    Args:
+      name: what it was given to.
+      text: KIND:PATH, or a path.
+      kinds: those whose rest is a path.
+      plain: whether a path without a kind is allowed; otherwise such text is returned as it is.
+    """
+    kind, colon, rest = text.partition(":")
+    if colon and kind in kinds:
+        return f"{kind}:{path(name, rest)}"
+    return path(name, text) if plain else text
