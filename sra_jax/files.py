@@ -1,5 +1,6 @@
-"""Files that appear only whole: a program that is killed while it writes leaves the old file, or none. And the lock
-that keeps two programs from writing the same.
+"""Files that appear only whole: a program that is killed while it writes leaves the old file, or none. With
+the checks that spare long work without a place for its result, and the lock that keeps two programs from writing the
+same.
 """
 
 import contextlib
@@ -8,12 +9,15 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import socket
+import stat
 import sys
+import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +49,111 @@ def whole(path: Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    unfinished = path.with_name(_partial_name(path))
     try:
         yield unfinished
         os.replace(unfinished, path)
     finally:
         if unfinished.is_file():
             unfinished.unlink()
+
+
+def _partial_name(path: Path) -> str:
+    return f".{path.name}.{os.getpid()}.partial"
+
+
+def check_output(flag: str, path: str | Path, overwrite: bool | None = None, *, folder: bool = False) -> Path:
+    """Refuse, before any work, what could not be written after it.
+
+    Args:
+      flag: what the user gave the path to, such as `--output`.
+      path: the file or folder to be written; folders above need not exist.
+      overwrite: whether an old file may be replaced; None for a command that has no flag --overwrite and replaces none.
+      folder: the path is a folder, which may exist.
+
+    Returns:
+      The path.
+
+    Raises:
+      UserError: something is there that may not be replaced, or the path cannot be created.
+    """
+    path = Path(path)
+
+    def refuse(reason: str) -> UserError:
+        return UserError(f"{flag}={path} {reason}")
+
+    try:
+        found = path.stat().st_mode if path.exists() else None
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.lstat(path.with_name(_partial_name(path)))  # the longest name that is written to
+        above = path if folder else path.parent
+        while not os.path.lexists(above):
+            above = above.parent
+    except (OSError, ValueError) as error:
+        raise refuse(f"cannot be written ({getattr(error, 'strerror', None) or error}): choose another name") from error
+    if not folder and found is not None:
+        if stat.S_ISDIR(found):
+            raise refuse("is a folder: give the name of a file, or move the folder away")
+        if not stat.S_ISREG(found):
+            raise refuse("is no plain file and is not replaced: choose another name")
+        if not overwrite:
+            other = "choose another name or delete it" if overwrite is None else (
+                "give another name, or --overwrite to replace it"
+            )  # fmt: skip
+            raise refuse(f"exists and is not overwritten: {other}")
+    if not above.is_dir():
+        raise refuse(f"cannot be written: {above} is no folder. Choose another place")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise refuse(f"cannot be written: nothing may be created in {above}. Choose another place")
+    return path
+
+
+def check_outputs_differ(**paths: str | Path | None) -> None:
+    """Raises a `UserError` where two flags, given by name, would write the same file."""
+    seen: dict[str, str] = {}
+    for flag, path in paths.items():
+        if path:
+            other = seen.setdefault(os.path.realpath(path), flag)
+            if other != flag:
+                raise UserError(f"--{other} and --{flag} both name {path}: give each a file of its own")
+
+
+def check_room(flag: str, path: str | Path, size: int) -> None:
+    """Raises a `UserError` where a file of `size` bytes will not fit on the disk of `path`."""
+    above = Path(path).absolute().parent
+    while not above.is_dir():
+        above = above.parent
+    free = shutil.disk_usage(above).free
+    if size > free:
+        raise UserError(f"{flag}={path} will take {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free in {above}")
+
+
+def write_results(results: Mapping[Path, Callable[[Path], None]]) -> None:
+    """Write what took long to make, each by its function of the path; what cannot be written there is kept elsewhere.
+
+    Raises:
+      RunError: a file could not be written; the others are, and the message says where this one lies instead.
+    """
+    failures = []
+    for path, write in results.items():
+        try:
+            write(path)
+        except (OSError, safetensors.SafetensorError) as error:
+            failures.append(f"{path} cannot be written ({error}); {_keep_elsewhere(path, write)}")
+    if failures:
+        raise RunError(". ".join(failures))
+
+
+def _keep_elsewhere(path: Path, write: Callable[[Path], None]) -> str:
+    """Write a file that has no place to another folder, and say where."""
+    for folder in (tempfile.gettempdir(), Path.cwd(), Path.home()):
+        try:
+            kept = Path(tempfile.mkdtemp(prefix="kept_", dir=folder)) / path.name
+            write(kept)
+        except (OSError, safetensors.SafetensorError):
+            continue
+        return f"it lies in {kept} instead: move it from there"
+    return "nor can it be written in the folder for temporary files, here or at home: it is lost"
 
 
 def write_text(path: Path, text: str) -> None:

@@ -101,6 +101,8 @@ def main(command: str) -> None:
     if command in ELSEWHERE:
         ELSEWHERE[command]()
         return
+    if FLAGS.json:
+        files.check_output("--json", FLAGS.json, overwrite=True)
     config = prepared_config(command, FLAGS.config, FLAGS.keep_dtype, FLAGS.peer)
     if command == "train_step":
         result = measure.train_step(config, FLAGS.peer, FLAGS.repeats, FLAGS.peer_large_pages)
@@ -115,7 +117,7 @@ def main(command: str) -> None:
     text = json.dumps(result, indent=2)
     print("\n".join(result["markdown"]) if command == "table" else text)
     if FLAGS.json:
-        files.write_text(pathlib.Path(FLAGS.json), text + "\n")
+        files.write_results({pathlib.Path(FLAGS.json): lambda path: files.write_text(path, text + "\n")})
 
 
 if __name__ == "__main__":

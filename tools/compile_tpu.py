@@ -65,6 +65,10 @@ flags.DEFINE_string("json", None, "File to write the report, or the list of repo
 
 def main() -> int:
     """Dispatch on the flags."""
+    if FLAGS.json:
+        files.check_output("--json", FLAGS.json, overwrite=True)
+    if FLAGS.results:
+        files.check_output("--results", FLAGS.results, folder=True)
     if FLAGS.table:
         reports = [entry(name, slice_) for name in recipes() for slice_ in FLAGS.slices]
         write_json(reports)
@@ -152,7 +156,8 @@ def lower_for_cuda(config: ConfigDict) -> int:
 def write_json(content: object) -> None:
     """To --json, whole or not at all."""
     if FLAGS.json:
-        files.write_text(pathlib.Path(FLAGS.json), json.dumps(content, indent=2) + "\n")
+        text = json.dumps(content, indent=2) + "\n"
+        files.write_results({pathlib.Path(FLAGS.json): lambda path: files.write_text(path, text)})
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ with strict=True. A .pt is {"ema": ..., "steps": ...} for --export=ema, {"model"
 
 PyTorch is needed for .pt only. Pickles are read without running any code in them.
 
-Exit codes: 0 done, 2 bad input.
+Exit codes: 0 done, 1 made but not written (kept elsewhere, the message says where), 2 bad input.
 """
 
 import importlib
@@ -36,13 +36,12 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from configs import common
-from sra_jax import cli
+from sra_jax import cli, files
 from sra_jax import config as config_lib
 from sra_jax.errors import UserError
 from sra_jax.interop import families
 from sra_jax.interop.tensor_files import TensorFile, open_tensor_file
 from sra_jax.runs import conversion
-from sra_jax.sampling.options import check_new_file
 
 FLAGS = flags.FLAGS
 RECIPES = pathlib.Path(common.__file__).parent
@@ -74,8 +73,7 @@ def export() -> None:
     """Workdir to file."""
     if not FLAGS.output:
         raise UserError("--export needs --output=FILE.pt or --output=FILE.safetensors")
-    output = pathlib.Path(FLAGS.output)
-    check_new_file(output, FLAGS.overwrite)
+    output = files.check_output("--output", FLAGS.output, FLAGS.overwrite)
     step, head = conversion.export_checkpoint(pathlib.Path(FLAGS.workdir), FLAGS.step, FLAGS.export, output)
     without = "" if head else "; no ap_head: this run trained none, so it fits DiT's and SiT's own classes, not SRA's"
     print(f"{output}: {FLAGS.export} of step {step}{without}")

@@ -22,7 +22,8 @@ Also KID, FID extrapolated to infinitely many samples, and conditional accuracy.
   python tools/fid.py --samples=samples.npz --reference=photos_stats.npz --metrics=all --json=result.json
 
 A table and a progress bar go to stderr, one line of JSON goes to stdout; with --workdir also to
-evaluation/step_*.json there. Exit codes: 0 done, 2 bad input.
+evaluation/step_*.json there. Exit codes: 0 done, 1 made but not written (kept elsewhere, the message says where), 2 bad
+input.
 """
 
 import json
@@ -48,14 +49,14 @@ from sra_jax.evaluation.features import Extractor
 from sra_jax.evaluation.images import ImageSet, open_images
 from sra_jax.evaluation.reference import (
     Reference,
-    check_new_statistics_path,
+    check_statistics_path,
     load_reference,
     save_reference,
     stored_metadata,
 )
 from sra_jax.runs.trained import TrainedModel
 from sra_jax.sampling.generation import generator_of
-from sra_jax.sampling.options import check_new_file, define_sampling_flags, parse_labels, sampling_overrides
+from sra_jax.sampling.options import define_sampling_flags, parse_labels, sampling_overrides
 
 FLAGS = flags.FLAGS
 
@@ -109,13 +110,16 @@ def _check_flags() -> None:
     if FLAGS.save_samples:
         if not FLAGS.workdir:
             raise UserError("--save_samples needs --workdir: it writes the samples that are generated")
-        check_new_file(pathlib.Path(FLAGS.save_samples), overwrite=False)
+        files.check_output("--save_samples", FLAGS.save_samples)
     if FLAGS.make_reference:
         if not FLAGS.reference:
             raise UserError("--make_reference needs --reference: the images whose statistics to write")
-        check_new_statistics_path(FLAGS.make_reference)
-    if FLAGS.json and pathlib.Path(FLAGS.json).exists():
-        raise UserError(f"--json={FLAGS.json} exists and is not overwritten: choose another name or delete it")
+        check_statistics_path("--make_reference", FLAGS.make_reference)
+    if FLAGS.json:
+        files.check_output("--json", FLAGS.json)
+    files.check_outputs_differ(
+        save_samples=FLAGS.save_samples, make_reference=FLAGS.make_reference, json=FLAGS.json
+    )  # fmt: skip
 
 
 def _open_reference(model: TrainedModel | None, samples: ImageSet | None) -> str | ImageSet | None:
@@ -203,7 +207,7 @@ def main() -> None:
         with_features = bool(FLAGS.make_reference or evaluate.NEEDS_FEATURES & set(metrics))
         reference = load_reference(source, extractor, with_features=with_features, batch_size=FLAGS.batch_size)
     if FLAGS.make_reference:
-        save_reference(reference, FLAGS.make_reference)
+        files.write_results({pathlib.Path(FLAGS.make_reference): lambda path: save_reference(reference, path)})
         print(f"wrote {FLAGS.make_reference}", file=sys.stderr)
     if model:
         result = _measure_run(model, reference, extractor, metrics)
@@ -219,7 +223,7 @@ def main() -> None:
     line = json.dumps(result)
     print(line)
     if FLAGS.json:
-        files.write_text(pathlib.Path(FLAGS.json), line + "\n")
+        files.write_results({pathlib.Path(FLAGS.json): lambda path: files.write_text(path, line + "\n")})
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ always the same, is left out of the probe's training (the diffusion model has se
 highest mean accuracy and accuracy by noise level at each name's best block there. Runs of one name become a line, their
 mean, with a band from the lowest to the highest.
 
-Exit codes: 0 done, 2 bad input.
+Exit codes: 0 done, 1 made but not written (kept elsewhere, the message says where), 2 bad input.
 """
 
 import csv
@@ -43,7 +43,6 @@ from sra_jax.inspection import plots
 from sra_jax.inspection.probe import Schedule, probe
 from sra_jax.inspection.tokens import FeatureSet, Settings, extract_to_disk, parse_blocks, parse_levels
 from sra_jax.runs.trained import TrainedModel
-from sra_jax.sampling.options import check_new_file
 
 FLAGS = flags.FLAGS
 TEST_SHARE = 0.2
@@ -74,7 +73,9 @@ def main() -> None:
     """Extract, train, write."""
     output = pathlib.Path(FLAGS.output)
     for name in FILES:
-        check_new_file(output / name, FLAGS.overwrite)
+        files.check_output("--output", output / name, FLAGS.overwrite)
+    if FLAGS.cache:
+        files.check_output("--cache", FLAGS.cache, folder=True)
     names = FLAGS.names or [pathlib.Path(workdir).name for workdir in FLAGS.workdir]
     if len(names) != len(FLAGS.workdir):
         raise UserError(f"--names gives {len(names)} names for {len(FLAGS.workdir)} workdirs; give one a workdir")
@@ -128,7 +129,6 @@ def probe_run(model: TrainedModel, workdir: pathlib.Path, settings: Settings) ->
 
 def write(output: pathlib.Path, records: list[dict], settings: Settings) -> None:
     """The three files."""
-    output.mkdir(parents=True, exist_ok=True)
     result = {
         "blocks": settings.blocks, "levels": settings.levels, "condition": settings.condition,
         "weights": FLAGS.weights, "epochs": FLAGS.epochs, "seed": FLAGS.seed, "runs": records,
@@ -140,14 +140,16 @@ def write(output: pathlib.Path, records: list[dict], settings: Settings) -> None
         for level, accuracies in zip(settings.levels, record["accuracy"], strict=True):
             for block, accuracy in zip(settings.blocks, accuracies, strict=True):
                 rows.writerow([record["name"], record["workdir"], record["step"], level, block, f"{accuracy:.6f}"])
-    for name, text in (("probe.json", json.dumps(result, indent=2) + "\n"), ("probe.csv", table.getvalue())):
-        files.write_text(output / name, text)
     groups = {
         name: np.array([record["accuracy"] for record in records if record["name"] == name])
         for name in dict.fromkeys(record["name"] for record in records)
     }
     level = int(np.mean([runs.mean(axis=(0, 2)) for runs in groups.values()], axis=0).argmax())
-    plots.probe_figure(output / "probe.png", groups, settings.blocks, settings.levels, level)
+    files.write_results({
+        output / "probe.json": lambda path: files.write_text(path, json.dumps(result, indent=2) + "\n"),
+        output / "probe.csv": lambda path: files.write_text(path, table.getvalue()),
+        output / "probe.png": lambda path: plots.probe_figure(path, groups, settings.blocks, settings.levels, level),
+    })  # fmt: skip
     print(f"{output}: {', '.join(FILES)}")
 
 

@@ -12,7 +12,7 @@ So that pictures compare, a block's components are those of its tokens at all sh
 with the brightness of the clean input and scaled to its 1st and 99th percentile: colours mean the same along a row, not
 between rows.
 
-Exit codes: 0 done, 2 bad input.
+Exit codes: 0 done, 1 made but not written (kept elsewhere, the message says where), 2 bad input.
 """
 
 import pathlib
@@ -25,7 +25,7 @@ import numpy as np
 from absl import flags
 from PIL import Image, UnidentifiedImageError
 
-from sra_jax import cli
+from sra_jax import cli, files
 from sra_jax.data import registry as datasets
 from sra_jax.data.dataset import Example
 from sra_jax.distributed import sharding
@@ -34,7 +34,6 @@ from sra_jax.inspection import plots
 from sra_jax.inspection.principal_components import token_colours
 from sra_jax.inspection.tokens import Settings, make_extractor, parse_blocks, parse_levels
 from sra_jax.runs.trained import TrainedModel
-from sra_jax.sampling.options import check_new_file
 
 FLAGS = flags.FLAGS
 
@@ -54,8 +53,7 @@ flags.DEFINE_bool("overwrite", False, "Replace --output where it exists.")
 
 def main() -> None:
     """Extract, project, draw."""
-    output = pathlib.Path(FLAGS.output)
-    check_new_file(output, FLAGS.overwrite)
+    output = files.check_output("--output", FLAGS.output, FLAGS.overwrite)
     names = FLAGS.names or [pathlib.Path(workdir).name for workdir in FLAGS.workdir]
     if len(names) != len(FLAGS.workdir) or len(set(names)) != len(names):
         raise UserError(f"--names={','.join(names)}: give one name of its own to each of {len(FLAGS.workdir)} workdirs")
@@ -68,7 +66,7 @@ def main() -> None:
     maps = {}
     for name, model in zip(names, models, strict=True):
         maps[name], inputs = run(model, settings)
-    plots.token_figure(output, maps, inputs, settings.blocks, settings.levels)
+    files.write_results({output: lambda path: plots.token_figure(path, maps, inputs, settings.blocks, settings.levels)})
     print(f"{output}: {len(settings.blocks)} blocks at {len(settings.levels)} noise levels of {', '.join(names)}")
 
 

@@ -48,7 +48,7 @@ import jax.numpy as jnp
 from absl import flags
 from tqdm import tqdm
 
-from sra_jax import cli
+from sra_jax import cli, files
 from sra_jax.data import shards
 from sra_jax.data.image_sources import open_images
 from sra_jax.data.moments import MomentsFolder
@@ -130,6 +130,7 @@ def main() -> int:
         raise UserError("--source is missing, for example --source=imagefolder:/data/train")
     if FLAGS.workers < 1:
         raise UserError(f"--workers={FLAGS.workers} must be at least 1")
+    files.check_output("--output", FLAGS.output, folder=True)
     index, count = processes()
     kind, _, path = FLAGS.source.partition(":")
     if kind == "edm2":

@@ -8,7 +8,7 @@ Reads the EMA of the newest (or --step's) checkpoint. The npz holds arr_0, the i
 labels (N,) int64, as the ADM evaluation suite reads them. Sample i depends on --seed, i and its label alone, so
 --batch_size and the number of devices change nothing but speed. What is not given is taken from the run's config.
 
-Exit codes: 0 done, 2 bad input.
+Exit codes: 0 done, 1 made but not written (kept elsewhere, the message says where), 2 bad input.
 """
 
 import pathlib
@@ -30,7 +30,7 @@ from sra_jax.errors import UserError
 from sra_jax.runs.trained import TrainedModel
 from sra_jax.sampling import pictures
 from sra_jax.sampling.generation import generator_of
-from sra_jax.sampling.options import check_new_file, define_sampling_flags, parse_labels, sampling_overrides
+from sra_jax.sampling.options import define_sampling_flags, parse_labels, sampling_overrides
 
 FLAGS = flags.FLAGS
 GRID_COLUMNS = 10
@@ -52,22 +52,30 @@ def main() -> None:
     """Load, sample, write."""
     if not FLAGS.output and not FLAGS.grid:
         raise UserError("nothing to write: give --output=samples.npz, --grid=grid.png or both")
-    for path in filter(None, (FLAGS.output, FLAGS.grid)):
-        check_new_file(pathlib.Path(path), FLAGS.overwrite)
+    files.check_outputs_differ(output=FLAGS.output, grid=FLAGS.grid)
+    for flag in filter(lambda name: FLAGS[name].value, ("output", "grid")):
+        files.check_output(f"--{flag}", FLAGS[flag].value, FLAGS.overwrite)
     model = TrainedModel(pathlib.Path(FLAGS.workdir), FLAGS.step, FLAGS.weights, sampling_overrides())
     generator = generator_of(model, FLAGS.batch_size, FLAGS.seed)
     images, labels = [], []
     with tqdm(total=FLAGS.num_samples, desc=f"sampling step {model.step}", unit="image", dynamic_ncols=True) as bar:
         for batch, chosen in generator.images(model.params, FLAGS.num_samples, parse_labels(FLAGS.labels)):
+            if FLAGS.output and not images:
+                files.check_room("--output", FLAGS.output, batch[0].nbytes * FLAGS.num_samples)
             images.append(batch)
             labels.append(chosen)
             bar.update(len(batch))
     images, labels = np.concatenate(images), np.concatenate(labels)
+    results = {}
     if FLAGS.output:
-        files.write_npz(pathlib.Path(FLAGS.output), {"arr_0": images, "arr_1": labels.astype(np.int64)})
+        arrays = {"arr_0": images, "arr_1": labels.astype(np.int64)}
+        results[pathlib.Path(FLAGS.output)] = lambda path: files.write_npz(path, arrays)
+    if FLAGS.grid:
+        results[pathlib.Path(FLAGS.grid)] = lambda path: files.write_png(path, class_rows(images, labels))
+    files.write_results(results)
+    if FLAGS.output:
         print(f"{FLAGS.output}: arr_0 {images.shape} uint8, arr_1 {labels.shape}")
     if FLAGS.grid:
-        files.write_png(pathlib.Path(FLAGS.grid), class_rows(images, labels))
         print(f"{FLAGS.grid}: {GRID_COLUMNS} samples a row, one row a class")
 
 

@@ -132,7 +132,7 @@ def save_reference(reference: Reference, path: str | Path) -> None:
     Raises:
       UserError: the file exists, or its name does not end with .npz.
     """
-    path = check_new_statistics_path(path)
+    path = check_statistics_path("statistics", path)
     metadata = {
         "format": FORMAT,
         "name": reference.name,
@@ -148,18 +148,15 @@ def save_reference(reference: Reference, path: str | Path) -> None:
     files.write_npz(path, {"meta": np.array(json.dumps(metadata)), **arrays})
 
 
-def check_new_statistics_path(path: str | Path) -> Path:
-    """Refuses a path that exists already or is not called .npz, before any work starts.
+def check_statistics_path(flag: str, path: str | Path) -> Path:
+    """Refuses a path that exists already, cannot be written or is not called .npz, before any work starts.
 
     Raises:
       UserError: as said.
     """
-    path = Path(path)
-    if path.suffix != ".npz":
+    if Path(path).suffix != ".npz":
         raise UserError(f"statistics are written as npz; {path} does not end with .npz")
-    if path.exists():
-        raise UserError(f"{path} exists and is not overwritten: choose another name or delete it")
-    return path
+    return files.check_output(flag, path)
 
 
 def _statistics(path: Path, names: tuple[str, str]) -> GaussianStatistics:

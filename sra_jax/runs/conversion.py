@@ -212,10 +212,9 @@ def export_checkpoint(workdir: Path, step: int | None, weights: str, output: Pat
         )
     if output.suffix == ".safetensors":
         (tensors,) = groups.values()
-        files.write_safetensors(output, tensors)
+        files.write_results({output: lambda path: files.write_safetensors(path, tensors)})
     else:
-        with files.whole(output) as unfinished:
-            _torch_save(groups, model.step, unfinished)
+        files.write_results({output: lambda path: _torch_save(groups, model.step, path)})
     return model.step, "head" in model.params
 
 
@@ -227,4 +226,5 @@ def _torch_save(groups: Mapping[str, Mapping[str, np.ndarray]], step: int, path:
     content = {
         group: {name: torch.tensor(tensor) for name, tensor in tensors.items()} for group, tensors in groups.items()
     }
-    torch.save({**content, "steps": step}, path)
+    with files.whole(path) as unfinished, unfinished.open("wb") as file:
+        torch.save({**content, "steps": step}, file)

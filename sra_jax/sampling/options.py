@@ -1,7 +1,6 @@
 """What the tools that sample are told on the command line."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -46,9 +45,3 @@ def parse_labels(text: str) -> str | Sequence[int]:
     """The --labels flag: a scheme's name, or class numbers with commas between."""
     parts = text.split(",")
     return [int(part) for part in parts] if all(part.strip().lstrip("-").isdigit() for part in parts) else text
-
-
-def check_new_file(path: Path, overwrite: bool) -> None:
-    """Raises `UserError` where `path` exists and may not be replaced."""
-    if path.exists() and not overwrite:
-        raise UserError(f"{path} exists; give another name, or --overwrite to replace it")
