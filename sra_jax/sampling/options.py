@@ -6,7 +6,6 @@ from typing import Any
 from absl import flags
 
 from sra_jax import config as config_lib
-from sra_jax.errors import UserError
 
 
 def define_sampling_flags() -> None:
