@@ -2,7 +2,7 @@
 
     python main.py --config=configs/digits.py
     python tools/sample.py --workdir=runs/digits --num_samples=1000 --output=samples.npz --grid=grid.png
-    python main.py --config=configs/digits.py:dit     (the same with DDPM: workdir runs/digits_dit)
+    python main.py --config=configs/digits.py:dit     # the same with DDPM: workdir runs/digits_dit
 
 Eight by eight grey pixels in 16 tokens, 1.1M parameters. The EMA is short because the run is: 0.9999 is for hundreds of
 thousands of steps.

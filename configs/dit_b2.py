@@ -1,7 +1,7 @@
 """DiT-B/2 + SRA on ImageNet 256x256: DDPM with learned variance.
 
     python main.py --config=configs/dit_b2.py --workdir=W --config.data.path=LATENTS
-    python main.py --config=configs/dit_b2.py:smoke   (a minute on a CPU, random latents)
+    python main.py --config=configs/dit_b2.py:smoke   # a minute on a CPU, random latents
 
 Hardware (paper): 8 A100, 0.209 h an epoch of 5,004 steps (0.173 h without alignment).
 """

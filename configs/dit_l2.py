@@ -1,7 +1,7 @@
 """DiT-L/2 + SRA on ImageNet 256x256: DDPM with learned variance.
 
     python main.py --config=configs/dit_l2.py --workdir=W --config.data.path=LATENTS
-    python main.py --config=configs/dit_l2.py:smoke   (a minute on a CPU, random latents)
+    python main.py --config=configs/dit_l2.py:smoke   # a minute on a CPU, random latents
 
 Hardware (paper): 8 A100, 0.558 h an epoch of 5,004 steps (0.503 h without alignment).
 """

@@ -1,7 +1,7 @@
 """DiT-XL/2 + SRA on ImageNet 256x256: DDPM with learned variance.
 
     python main.py --config=configs/dit_xl2.py --workdir=W --config.data.path=LATENTS
-    python main.py --config=configs/dit_xl2.py:smoke   (a minute on a CPU, random latents)
+    python main.py --config=configs/dit_xl2.py:smoke   # a minute on a CPU, random latents
 
 With smooth-L1 the alignment loss grows late in training, for feature norms grow; the authors decay its weight, and
 since July 2026 recommend the cosine distance: --config.alignment.distance=cosine --config.alignment.weight=0.5

@@ -1,8 +1,8 @@
 """SiT + SRA on Fashion-MNIST in pixel space: 28x28 grey, ten classes, 60,000 images.
 
-    python main.py --config=configs/fashion_mnist.py        (Debian: apt-get install dataset-fashion-mnist)
-    python main.py --config=configs/fashion_mnist.py --config.data.path=idx:FOLDER     (the IDX files anywhere else)
-    python main.py --config=configs/fashion_mnist.py --config.data.path=tfds:fashion_mnist     (prepared by TFDS)
+    python main.py --config=configs/fashion_mnist.py        # Debian: apt-get install dataset-fashion-mnist
+    python main.py --config=configs/fashion_mnist.py --config.data.path=idx:FOLDER     # the IDX files anywhere else
+    python main.py --config=configs/fashion_mnist.py --config.data.path=tfds:fashion_mnist     # prepared by TFDS
     python tools/fid.py --workdir=runs/fashion_mnist --reference=dataset --extractor=classifier --num_samples=1000
 
 Patches of 4: 49 tokens of width 128, 1.9M parameters; about 0.5 s a step on two CPU cores.

@@ -1,7 +1,7 @@
 """SiT-B/2 + SRA on ImageNet 256x256, the paper's ablation setting.
 
     python main.py --config=configs/sit_b2.py --workdir=W --config.data.path=LATENTS
-    python main.py --config=configs/sit_b2.py:smoke   (a minute on a CPU, random latents)
+    python main.py --config=configs/sit_b2.py:smoke   # a minute on a CPU, random latents
 
 Expected (paper): FID 29.10, IS 50.20 at 400k steps, SDE with 250 steps, no guidance, 50,000 samples, ADM suite.
 Without alignment (--config.alignment.enabled=False): FID 33.02, IS 43.71. The ODE samplers give about 1 FID more.

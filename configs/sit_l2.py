@@ -1,7 +1,7 @@
 """SiT-L/2 + SRA on ImageNet 256x256.
 
     python main.py --config=configs/sit_l2.py --workdir=W --config.data.path=LATENTS
-    python main.py --config=configs/sit_l2.py:smoke   (a minute on a CPU, random latents)
+    python main.py --config=configs/sit_l2.py:smoke   # a minute on a CPU, random latents
 
 Hardware (paper): 8 A100, 0.330 h and 26.7 GB an epoch of 5,004 steps (0.282 h without alignment).
 """

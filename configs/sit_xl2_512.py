@@ -1,7 +1,7 @@
 """SiT-XL/2 + SRA on ImageNet 512x512.
 
     python main.py --config=configs/sit_xl2_512.py --workdir=W --config.data.path=LATENTS
-    python main.py --config=configs/sit_xl2_512.py:smoke   (a minute on a CPU, random latents)
+    python main.py --config=configs/sit_xl2_512.py:smoke   # a minute on a CPU, random latents
 
 Expected (paper): FID 2.17 after 200 epochs, 2.07 after 400 with guidance 2.5, SDE with 250 steps, 50,000 samples, ADM
 suite. The weight of the alignment decays from epoch 99 on.

@@ -17,6 +17,11 @@ EXIT_BAD_INPUT = 2
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 EXIT_INTERRUPTED = 130
 
+EXAMPLES = "\nExamples:\n"
+"""The line in a command's docstring from which on `--help` shows it after the flags: what is read last is at hand."""
+HELP = ("--help", "-help", "--helpshort", "-h", "-?")
+HELP_FULL = ("--helpfull",)
+
 
 def run(main: Callable[[], int | None], argv: Sequence[str] | None = None) -> None:
     """Parse the flags, call `main()` and exit with what it returns (None means 0).
@@ -25,8 +30,9 @@ def run(main: Callable[[], int | None], argv: Sequence[str] | None = None) -> No
       main: the job; it reads `absl.flags.FLAGS`.
       argv: the command line, by default the process's own.
 
-    A `UserError` from `main`, an unknown flag and an unknown config key print their message to stderr and exit with
-    code 2, a `RunError` with code 1, a `Preempted` with code 75.
+    `--help` shows the docstring of the command's file, its flags and, last, its examples, and exits with code 0;
+    `--helpfull` shows the flags of all libraries, too. A `UserError` from `main`, an unknown flag and an unknown config
+    key print their message to stderr and exit with code 2, a `RunError` with code 1, a `Preempted` with code 75.
     """
 
     def guarded(arguments: Sequence[str]) -> None:
@@ -53,6 +59,10 @@ def run(main: Callable[[], int | None], argv: Sequence[str] | None = None) -> No
         sys.exit(code or 0)
 
     def parse(arguments: Sequence[str]) -> list[str]:
+        for asked, full in ((HELP, False), (HELP_FULL, True)):
+            if set(asked) & set(arguments[1:]):
+                print(help_text(sys.modules["__main__"].__doc__ or "", full))
+                sys.exit(0)
         try:
             return flags.FLAGS(arguments)
         except (flags.Error, UserError) as error:
@@ -69,3 +79,27 @@ def run(main: Callable[[], int | None], argv: Sequence[str] | None = None) -> No
         sys.exit(EXIT_BAD_INPUT)
 
     app.run(guarded, argv=argv, flags_parser=parse)
+
+
+def help_text(docstring: str, full: bool = False) -> str:
+    """What `--help` shows: what the command does, its flags, its examples.
+
+    Args:
+      docstring: of the command's file; what follows its line "Examples:" comes after the flags.
+      full: show the flags of all libraries, not only the project's own.
+    """
+    what, _, examples = docstring.partition(EXAMPLES)
+    if full:
+        shown = flags.FLAGS.get_help()
+    else:
+        own = [name for name in flags.FLAGS.flags_by_module_dict() if not _is_library(name)]
+        shown = "\n\n".join(flags.FLAGS.module_help(name).split("\n", 2)[2] for name in own)
+    parts = [what.strip(), f"Flags:\n\n{shown.rstrip()}"]
+    if examples:
+        parts.append(f"Examples:\n\n{examples.strip(chr(10)).rstrip()}")
+    return "\n\n".join(parts)
+
+
+def _is_library(module: str) -> bool:
+    """Whether a module that defined flags is neither the command itself nor the project's."""
+    return not (module.startswith("sra_jax.") or module == sys.argv[0] or module == "__main__")

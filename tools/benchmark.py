@@ -1,34 +1,36 @@
 """Measure training, sampling, data and evaluation; beside PyTorch doing the same work, in the same run.
 
-  # the training step of a recipe, with SRA and without, beside PyTorch (needs torch and timm)
-  python tools/benchmark.py train_step --config=configs/sit_b2.py --config.batch_size=8 --peer=pytorch --repeats=3 \\
-      --json=r.json
-
-  # step time against batch size, tokens and depth
-  python tools/benchmark.py growth --config=configs/sit_b2.py --config.batch_size=4
-
-  # tracing and compiling the step, at the recipe's depth and at twice that depth
-  python tools/benchmark.py compile --config=configs/sit_xl2.py
-
-  # 250 steps of the paper's sampler with guidance on [0, 0.7] (a share of them; the loop is the same)
-  python tools/benchmark.py sampler --config=configs/sit_b2.py --config.sampling.guidance_scale=1.8 \\
-      --config.sampling.guidance_interval=0,0.7 --samples=4 --peer=pytorch
-
-  # all of the above, as the table of the README
-  python tools/benchmark.py table --config=configs/sit_b2.py --config.batch_size=8 --peer=pytorch --repeats=3 \\
-      --config.sampling.steps=20 --config.sampling.guidance_scale=1.8 --config.sampling.guidance_interval=0,0.7
-
-  # reading latents; encoding images; the FID network; the metrics: options by --help
-  python tools/benchmark.py data --folder=FOLDER
-  python tools/benchmark.py vae --folder=FOLDER
-  python tools/benchmark.py inception
-  python tools/benchmark.py metrics
-
 Data is synthetic and dtype float32 unless the flags say otherwise (--config.dtype=bfloat16 is kept with --keep_dtype).
 The sides take turns, each in a process of its own, so that neither sees the other's memory or threads; each turn begins
 with a run that is not counted; every figure is the median over --repeats rounds, a ratio the median of the rounds'
 ratios. Arithmetic is counted analytically (sra_jax/models/flops.py); `matmul_share` relates it to the rate of a
 4096x4096 product measured in the same rounds.
+
+Examples:
+
+    # the training step of a recipe, with SRA and without, beside PyTorch (needs torch and timm)
+    python tools/benchmark.py train_step --config=configs/sit_b2.py --config.batch_size=8 --peer=pytorch --repeats=3 \\
+        --json=r.json
+
+    # step time against batch size, tokens and depth
+    python tools/benchmark.py growth --config=configs/sit_b2.py --config.batch_size=4
+
+    # tracing and compiling the step, at the recipe's depth and at twice that depth
+    python tools/benchmark.py compile --config=configs/sit_xl2.py
+
+    # 250 steps of the paper's sampler with guidance on [0, 0.7] (a share of them; the loop is the same)
+    python tools/benchmark.py sampler --config=configs/sit_b2.py --config.sampling.guidance_scale=1.8 \\
+        --config.sampling.guidance_interval=0,0.7 --samples=4 --peer=pytorch
+
+    # all of the above, as the table of docs/speed.md
+    python tools/benchmark.py table --config=configs/sit_b2.py --config.batch_size=8 --peer=pytorch --repeats=3 \\
+        --config.sampling.steps=20 --config.sampling.guidance_scale=1.8 --config.sampling.guidance_interval=0,0.7
+
+    # reading latents; encoding images; the FID network; the metrics: options by --help
+    python tools/benchmark.py data --folder=FOLDER
+    python tools/benchmark.py vae --folder=FOLDER
+    python tools/benchmark.py inception
+    python tools/benchmark.py metrics
 """
 
 import importlib.util

@@ -1,12 +1,5 @@
 """Compile a recipe for a TPU slice on a machine without a TPU, and say whether it fits and what it would take.
 
-    python tools/compile_tpu.py --config=configs/sit_xl2.py --topology=v5e:4x4
-    python tools/compile_tpu.py --config=configs/sit_xl2.py --topology=v5e-256 --config.mesh.fsdp=16 --json=report.json
-    python tools/compile_tpu.py --config=configs/sit_xl2.py --topology=v5e:4x4 --search --results=compiled
-    python tools/compile_tpu.py --config=configs/sit_xl2.py --topology=v6e:2x2 --sample --config.batch_size=64
-    python tools/compile_tpu.py --table --results=compiled
-    python tools/compile_tpu.py --config=configs/sit_xl2.py --platform=cuda --devices=8
-
 The train step, or with --sample the sampler for batch_size images, is built by the functions that main.py uses and
 compiled by libtpu (pip install of the version that the installed JAX names; --help works without). No data is needed:
 where data.path is empty, random latents of the recipe's shape stand in. Memory and operations are the compiler's; times
@@ -23,6 +16,15 @@ program is met, so that a table or a search goes on where it stopped.
 checked, memory is not.
 
 Exit codes: 0 fits (or lowered), 2 bad input, 3 does not fit.
+
+Examples:
+
+    python tools/compile_tpu.py --config=configs/sit_xl2.py --topology=v5e:4x4
+    python tools/compile_tpu.py --config=configs/sit_xl2.py --topology=v5e-256 --config.mesh.fsdp=16 --json=report.json
+    python tools/compile_tpu.py --config=configs/sit_xl2.py --topology=v5e:4x4 --search --results=compiled
+    python tools/compile_tpu.py --config=configs/sit_xl2.py --topology=v6e:2x2 --sample --config.batch_size=64
+    python tools/compile_tpu.py --table --results=compiled
+    python tools/compile_tpu.py --config=configs/sit_xl2.py --platform=cuda --devices=8
 """
 
 import importlib

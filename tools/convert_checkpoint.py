@@ -1,10 +1,5 @@
 """Bring PyTorch checkpoints in, and weights out.
 
-    python tools/convert_checkpoint.py --checkpoint=step-400000.pt --workdir=runs/sra      (SRA's own, SiT or DiT)
-    python tools/convert_checkpoint.py --checkpoint=DiT-XL-2-256x256.pt --workdir=runs/dit
-    python tools/convert_checkpoint.py --checkpoint=SiT-XL-2-256x256.pt --workdir=runs/sit --family=sit_original
-    python tools/convert_checkpoint.py --workdir=runs/sra --export=ema --output=sra.pt     (or .safetensors)
-
 In: the workdir then holds a run of one checkpoint. tools/sample.py and the other tools use it; main.py goes on with it
 where the file holds a trained SRA (AdamW's state is taken over where it is there), or starts a new run from its EMA:
 python main.py --config=configs/sit_xl2.py --config.init_from=runs/sit --workdir=runs/finetuned.
@@ -23,6 +18,13 @@ with strict=True. A .pt is {"ema": ..., "steps": ...} for --export=ema, {"model"
 PyTorch is needed for .pt only. Pickles are read without running any code in them.
 
 Exit codes: 0 done, 1 made but not written (kept elsewhere, the message says where), 2 bad input.
+
+Examples:
+
+    python tools/convert_checkpoint.py --checkpoint=step-400000.pt --workdir=runs/sra      # SRA's own, SiT or DiT
+    python tools/convert_checkpoint.py --checkpoint=DiT-XL-2-256x256.pt --workdir=runs/dit
+    python tools/convert_checkpoint.py --checkpoint=SiT-XL-2-256x256.pt --workdir=runs/sit --family=sit_original
+    python tools/convert_checkpoint.py --workdir=runs/sra --export=ema --output=sra.pt     # or .safetensors
 """
 
 import importlib

@@ -2,28 +2,30 @@
 
 Also KID, FID extrapolated to infinitely many samples, and conditional accuracy. Runs on all devices of the machine.
 
-  # The numbers papers quote, for ImageNet 256: 50,000 samples against ADM's reference file
-  python tools/fid.py --samples=samples.npz --reference=VIRTUAL_imagenet256_labeled.npz
-
-  # The same of a run's EMA: generated, decoded and measured without writing images; goes on where it was killed
-  python tools/fid.py --workdir=W --num_samples=50000 --reference=VIRTUAL_imagenet256_labeled.npz
-
-  # The demo: a classifier trained on the run's own training set
-  python tools/fid.py --workdir=runs/digits --num_samples=2000 --reference=dataset --extractor=classifier
-
-  # Statistics of a folder of images, once; then any number of sample sets against them
-  python tools/fid.py --reference=photos/ --make_reference=photos_stats.npz
-  python tools/fid.py --samples=samples/ --reference=photos_stats.npz
-
-  # A small set without Inception weights: a classifier trained on the labelled reference images
-  python tools/fid.py --samples=samples.npz --reference=digits.npz --extractor=classifier
-
-  # Every metric there is; the result also as a file
-  python tools/fid.py --samples=samples.npz --reference=photos_stats.npz --metrics=all --json=result.json
-
 A table and a progress bar go to stderr, one line of JSON goes to stdout; with --workdir also to
 evaluation/step_*.json there. Exit codes: 0 done, 1 made but not written (kept elsewhere, the message says where), 2 bad
 input.
+
+Examples:
+
+    # The numbers papers quote, for ImageNet 256: 50,000 samples against ADM's reference file
+    python tools/fid.py --samples=samples.npz --reference=VIRTUAL_imagenet256_labeled.npz
+
+    # The same of a run's EMA: generated, decoded and measured without writing images; goes on where it was killed
+    python tools/fid.py --workdir=W --num_samples=50000 --reference=VIRTUAL_imagenet256_labeled.npz
+
+    # The demo: a classifier trained on the run's own training set
+    python tools/fid.py --workdir=runs/digits --num_samples=2000 --reference=dataset --extractor=classifier
+
+    # Statistics of a folder of images, once; then any number of sample sets against them
+    python tools/fid.py --reference=photos/ --make_reference=photos_stats.npz
+    python tools/fid.py --samples=samples/ --reference=photos_stats.npz
+
+    # A small set without Inception weights: a classifier trained on the labelled reference images
+    python tools/fid.py --samples=samples.npz --reference=digits.npz --extractor=classifier
+
+    # Every metric there is; the result also as a file
+    python tools/fid.py --samples=samples.npz --reference=photos_stats.npz --metrics=all --json=result.json
 """
 
 import json

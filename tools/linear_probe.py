@@ -1,10 +1,5 @@
 """How well a linear classifier reads the class off a model's tokens: by block and by noise level.
 
-    python tools/linear_probe.py --workdir=runs/digits --output=probe
-    python tools/linear_probe.py --workdir=runs/sra_0,runs/sra_1,runs/base_0,runs/base_1 \\
-        --names=SRA,SRA,baseline,baseline --levels=0,0.25,0.5 --output=probe
-    python tools/linear_probe.py --workdir=W --path=LATENTS --test_path=MORE_LATENTS --blocks=4,8,12 --output=probe
-
 The protocol of SRA's section C: the frozen EMA, tokens after each block averaged, normalised per channel without affine
 part, one linear layer, 80 epochs of batches of 4,096, Adam with a learning rate from 1e-3 to 0 along a cosine. The
 network sees the null label (--condition=true shows it the class, which makes it a test of something else). Each example
@@ -17,6 +12,13 @@ highest mean accuracy and accuracy by noise level at each name's best block ther
 mean, with a band from the lowest to the highest.
 
 Exit codes: 0 done, 1 made but not written (kept elsewhere, the message says where), 2 bad input.
+
+Examples:
+
+    python tools/linear_probe.py --workdir=runs/digits --output=probe
+    python tools/linear_probe.py --workdir=runs/sra_0,runs/sra_1,runs/base_0,runs/base_1 \\
+        --names=SRA,SRA,baseline,baseline --levels=0,0.25,0.5 --output=probe
+    python tools/linear_probe.py --workdir=W --path=LATENTS --test_path=MORE_LATENTS --blocks=4,8,12 --output=probe
 """
 
 import csv

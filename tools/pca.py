@@ -1,9 +1,5 @@
 """Pictures of what a model's tokens hold: their first three principal components as colours.
 
-    python tools/pca.py --workdir=runs/digits --output=pca.png
-    python tools/pca.py --workdir=runs/sra,runs/baseline --names=SRA,baseline --example=7 --output=pca.png
-    python tools/pca.py --workdir=W --image=cat.jpg --blocks=4,8,16,24 --levels=0.1,0.3,0.5,0.7 --output=cat.png
-
 Rows are blocks, columns noise levels (0 = data, 1 = noise), several runs side by side; the first row is what the
 network saw (for latents: their first three channels). --example is a number in the run's dataset; --image a picture
 file, cropped to a square and resized, for sets that are made of pictures.
@@ -13,6 +9,12 @@ with the brightness of the clean input and scaled to its 1st and 99th percentile
 between rows.
 
 Exit codes: 0 done, 1 made but not written (kept elsewhere, the message says where), 2 bad input.
+
+Examples:
+
+    python tools/pca.py --workdir=runs/digits --output=pca.png
+    python tools/pca.py --workdir=runs/sra,runs/baseline --names=SRA,baseline --example=7 --output=pca.png
+    python tools/pca.py --workdir=W --image=cat.jpg --blocks=4,8,16,24 --levels=0.1,0.3,0.5,0.7 --output=cat.png
 """
 
 import pathlib

@@ -1,21 +1,5 @@
 """Encode a set of images to latents for training, or check latents that were encoded before.
 
-  # ImageNet, prepared by TensorFlow Datasets (TFDS_DATA_DIR says where)
-  python tools/prepare_latents.py --source=tfds:imagenet2012 --output=/data/latents256 --image_size=256
-
-  # a folder of class folders, with a VAE from a folder, in half the space
-  python tools/prepare_latents.py --source=imagefolder:/data/train --output=/data/latents512 --image_size=512 \\
-      --vae=/models/sd-vae-ft-ema --dtype=float16
-
-  # .npy moments and dataset.json of the PyTorch code: converted, not encoded again
-  python tools/prepare_latents.py --source=edm2:/data/vae-sd --output=/data/latents256
-
-  # two sample photographs, for a first try
-  python tools/prepare_latents.py --source=sklearn:photos --output=/tmp/photos --vae=/models/sd-vae-ft-ema
-
-  # read every shard and compare checksums
-  python tools/prepare_latents.py --verify --output=/data/latents256
-
 Sources: tfds:NAME[:VERSION][:SPLIT], imagefolder:DIR, idx:DIR[:train|t10k], edm2:DIR, sklearn:photos.
 
 Images are cropped as ADM does (box halving, bicubic, centre), scaled to [-1, 1] and encoded; the mean and the standard
@@ -29,6 +13,24 @@ flags'. The last process to finish writes the manifest.
 
 Exit codes: 0 all images encoded (in this process's shards); 2 bad input; 3 done, but some images could not be read:
 they are listed on stderr and in the manifest; 4 --verify found damaged shards.
+
+Examples:
+
+    # ImageNet, prepared by TensorFlow Datasets (TFDS_DATA_DIR says where)
+    python tools/prepare_latents.py --source=tfds:imagenet2012 --output=/data/latents256 --image_size=256
+
+    # a folder of class folders, with a VAE from a folder, in half the space
+    python tools/prepare_latents.py --source=imagefolder:/data/train --output=/data/latents512 --image_size=512 \\
+        --vae=/models/sd-vae-ft-ema --dtype=float16
+
+    # .npy moments and dataset.json of the PyTorch code: converted, not encoded again
+    python tools/prepare_latents.py --source=edm2:/data/vae-sd --output=/data/latents256
+
+    # two sample photographs, for a first try
+    python tools/prepare_latents.py --source=sklearn:photos --output=/tmp/photos --vae=/models/sd-vae-ft-ema
+
+    # read every shard and compare checksums
+    python tools/prepare_latents.py --verify --output=/data/latents256
 """
 
 import os

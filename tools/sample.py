@@ -1,14 +1,16 @@
 """Make images from a run's checkpoint.
 
-    python tools/sample.py --workdir=runs/digits --num_samples=1000 --output=samples.npz --grid=grid.png
-    python tools/sample.py --workdir=W --step=400000 --guidance_scale=1.8 --guidance_interval=0,0.7 --labels=207,360 \\
-        --num_samples=64 --grid=grid.png
-
 Reads the EMA of the newest (or --step's) checkpoint. The npz holds arr_0, the images (N,H,W,C) uint8, and arr_1, their
 labels (N,) int64, as the ADM evaluation suite reads them. Sample i depends on --seed, i and its label alone, so
 --batch_size and the number of devices change nothing but speed. What is not given is taken from the run's config.
 
 Exit codes: 0 done, 1 made but not written (kept elsewhere, the message says where), 2 bad input.
+
+Examples:
+
+    python tools/sample.py --workdir=runs/digits --num_samples=1000 --output=samples.npz --grid=grid.png
+    python tools/sample.py --workdir=W --step=400000 --guidance_scale=1.8 --guidance_interval=0,0.7 --labels=207,360 \\
+        --num_samples=64 --grid=grid.png
 """
 
 import pathlib

@@ -8,6 +8,7 @@ from sra_jax.config.checks import check
 from sra_jax.config.keys import DTYPES, FREE_KEYS, default, flatten
 from sra_jax.config.objects import (
     alignment_of,
+    fewest_devices,
     guidance_interval,
     guidance_of,
     mesh_shape,
@@ -17,11 +18,11 @@ from sra_jax.config.objects import (
     total_steps,
     transformer_of,
 )
-from sra_jax.config.saved import differences, from_flag, from_json, read, to_json
+from sra_jax.config.saved import differences, from_flag, from_json, read, readable, to_json
 from sra_jax.diffusion.registry import process_defaults
 
 __all__ = [
-    "DTYPES", "FREE_KEYS", "alignment_of", "check", "default", "differences", "flatten", "from_flag", "from_json",
-    "guidance_interval", "guidance_of", "mesh_shape", "process_defaults", "process_of", "read", "sampler_of",
-    "step_flops", "to_json", "total_steps", "transformer_of",
+    "DTYPES", "FREE_KEYS", "alignment_of", "check", "default", "differences", "fewest_devices", "flatten",
+    "from_flag", "from_json", "guidance_interval", "guidance_of", "mesh_shape", "process_defaults", "process_of",
+    "read", "readable", "sampler_of", "step_flops", "to_json", "total_steps", "transformer_of",
 ]

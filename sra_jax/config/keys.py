@@ -31,10 +31,10 @@ def default() -> ConfigDict:
     """
     return ConfigDict(
         {
-            "name": "run",  # names the default workdir, runs/<name>
+            "name": "run",  # names the default workdir, runs/NAME
             "seed": 0,  # of parameters, data order, noise; a run is a function of its config
             "init_from": "",  # workdir of another run, from whose EMA a new run starts; empty: from random weights
-            "steps": 0,  # length of the run; or give one of the next two
+            "steps": 0,  # length of the run in steps; or give one of epochs and examples
             "epochs": 0.0,  # passes over the training set, rounded up to whole steps
             "examples": 0,  # training examples seen, rounded up to whole steps
             "batch_size": 256,  # examples a step over all devices and processes
@@ -46,55 +46,57 @@ def default() -> ConfigDict:
             "checkpoint_every": 10_000,  # steps between checkpoints; the last step is always saved
             "keep": 3,  # newest checkpoints that are kept
             "data": {
-                "name": "synthetic",  # a name of sra_jax.data.registry.SOURCES
+                "name": "synthetic",  # digits, latents, pixels or synthetic
                 "path": "",  # latents: the folder that tools/prepare_latents.py made; pixels: idx:DIR and the like
                 "image_size": 32,  # height and width that the model sees
-                "channels": 4,
-                "num_classes": 1000,
+                "channels": 4,  # of what the model sees: 4 for latents, 1 or 3 for pixels
+                "num_classes": 1000,  # labels run from 0 to one less; the number itself is the null label
                 "vae": "",  # autoencoder that decodes latents: a folder or a Hugging Face id; empty: the one they name
                 "workers": 0,  # processes that read ahead; 0 reads in threads
             },
             "model": {
-                "patch": 2,
-                "depth": 12,
-                "width": 768,
-                "heads": 12,
-                "mlp_ratio": 4.0,
+                "patch": 2,  # side of the square that becomes a token; divides data.image_size
+                "depth": 12,  # transformer blocks
+                "width": 768,  # of a token; divisible by heads and by 4
+                "heads": 12,  # of attention
+                "mlp_ratio": 4.0,  # width of the MLP over the width of a token
                 "remat": "none",  # what the backward pass recomputes, from least to most: none, dots, block, full
             },
-            # the family: interpolant (SiT) or gaussian (DiT); the other keys are the fields of its class
-            "process": {"name": "interpolant", **process_defaults("interpolant")},
+            "process": {
+                "name": "interpolant",  # the family: interpolant (SiT) or gaussian (DiT); each has its own other keys
+                **process_defaults("interpolant"),
+            },
             "alignment": {
                 "enabled": True,  # False trains the baseline; no teacher is run
-                "student_block": 3,  # m, counted from 1
-                "teacher_block": 8,  # n >= m
+                "student_block": 3,  # m, the student's block, counted from 1
+                "teacher_block": 8,  # n >= m, the teacher's block; it runs blocks 1..n only
                 "distance": "smooth_l1",  # smooth_l1, l1, l2, cosine, cosine_tokens
-                "beta": 0.05,  # of smooth_l1
-                "weight": 0.2,  # lambda
+                "beta": 0.05,  # of smooth_l1: where it turns from quadratic to linear
+                "weight": 0.2,  # lambda, of the alignment loss; at least 0
                 "weight_schedule": "constant",  # or decay: a tenth every weight_decay_steps after weight_decay_start
-                "weight_decay_start": 0,
-                "weight_decay_steps": 1,
+                "weight_decay_start": 0,  # step at which the decay of the weight begins
+                "weight_decay_steps": 1,  # steps for one factor of ten
                 "weight_decay_stair": 1,  # the decaying weight changes once in so many steps
                 "interval": (0.0, 0.2),  # teacher earlier by U[low, high) of the whole time range; low = high: fixed
-                "head": True,  # projection head on the student
+                "head": True,  # whether the student has a projection head, which sampling does without
             },
             "optimizer": {
-                "learning_rate": 1e-4,
-                "schedule": "constant",  # or cosine, to 0 at the last step
-                "warmup_steps": 0,  # linear, from 0
-                "b1": 0.9,
-                "b2": 0.999,
-                "eps": 1e-8,
-                "weight_decay": 0.0,
+                "learning_rate": 1e-4,  # at its highest; above 0
+                "schedule": "constant",  # of the learning rate: constant, or cosine, to 0 at the last step
+                "warmup_steps": 0,  # steps of a linear rise from 0
+                "b1": 0.9,  # decay of the gradient's running mean, in [0, 1)
+                "b2": 0.999,  # decay of its square's running mean, in [0, 1)
+                "eps": 1e-8,  # added to the root of the latter; above 0
+                "weight_decay": 0.0,  # decoupled, times the learning rate; at least 0
                 "clip_norm": 1.0,  # of the global gradient norm; 0 does not clip
             },
             "ema": {
-                "decay": 0.9999,
-                "schedule": "constant",  # or cosine: from decay to 1 over the run (BYOL)
+                "decay": 0.9999,  # share of the old average that a step keeps, in [0, 1]
+                "schedule": "constant",  # of the decay: constant, or cosine, from decay to 1 over the run (BYOL)
             },
             "sampling": {
-                "sampler": "sde",  # a sampler of the process's family
-                "steps": 250,
+                "sampler": "sde",  # with interpolant: ode, heun or sde; with gaussian: ddpm or ddim
+                "steps": 250,  # of the sampler; with gaussian a text, a number or sections: "250", "10,10,5", "ddim50"
                 "guidance_scale": 1.0,  # at least 1; 1 turns guidance off
                 "guidance_interval": (0.0, 1.0),  # guided where low <= t <= high, fractions of the time range
                 "guidance_channels": 0,  # guide the first so many channels; 0 guides all
@@ -103,7 +105,7 @@ def default() -> ConfigDict:
             },
             "evaluation": {
                 "every": 0,  # steps between evaluations of the EMA; 0 makes none
-                "num_samples": 5000,
+                "num_samples": 5000,  # images a measurement
                 "batch_size": 250,  # samples at a time over all devices
                 "reference": "dataset",  # the training set's own images, or as tools/fid.py takes it
                 "extractor": "inception",  # inception, inception_random or classifier

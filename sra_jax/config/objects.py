@@ -84,6 +84,11 @@ def step_flops(config: ConfigDict) -> StepFlops:
     return train_step_flops(shape, config.batch_size, alignment.teacher_block, head)
 
 
+def fewest_devices(config: ConfigDict) -> int:
+    """The smallest number of devices that `config.mesh` can be laid over."""
+    return math.prod(max(1, size) for size in config.mesh.values())
+
+
 def mesh_shape(config: ConfigDict, device_count: int) -> dict[str, int]:
     """Sizes of the mesh axes, with -1 filled in.
 

@@ -7,6 +7,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from sra_jax.config.keys import FREE_KEYS, default, flatten
+from sra_jax.diffusion.registry import process_defaults
 from sra_jax.errors import UserError
 
 
@@ -34,6 +35,33 @@ def from_json(text: str) -> ConfigDict:
             else:
                 config[key] = value
     return config.lock()
+
+
+def readable(config: ConfigDict) -> str:
+    """The config for people: a line `key = value` for each key, with the default where the value is another.
+
+    A value is written as a flag takes it: `--config.KEY=VALUE`.
+    """
+    usual = dict(flatten(default())) | {
+        f"process.{key}": value for key, value in process_defaults(config.process.name).items()
+    }
+
+    def shown(value: Any) -> str:
+        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        return text or "''"
+
+    leaves = dict(flatten(config))
+    longest = max(map(len, leaves))
+    lines = []
+    group = ""
+    for key in sorted(leaves, key=lambda key: ("." in key, key)):
+        value = leaves[key]
+        if (new := key.rpartition(".")[0]) != group:
+            lines.append("")
+            group = new
+        line = f"{key:{longest}} = {shown(value)}"
+        lines.append(f"{line:{longest + 24}} # default {shown(usual[key])}" if usual.get(key, value) != value else line)
+    return "\n".join(lines)
 
 
 def read(path: Path) -> ConfigDict:
