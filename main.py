@@ -16,7 +16,7 @@ Examples:
     python main.py --config=configs/digits.py
     python main.py --config=configs/sit_b2.py --workdir=/data/sit_b2 --config.data.path=/data/latents
     python main.py --config=configs/sit_b2.py:smoke --config.seed=3
-    python main.py --config=configs/sit_b2.py --config.model.depth=6 --print_config
+    python main.py --config=configs/sit_b2.py --config.model.depth=10 --print_config
 """
 
 from sra_jax import memory_pages

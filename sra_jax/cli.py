@@ -92,8 +92,8 @@ def help_text(docstring: str, full: bool = False) -> str:
     if full:
         shown = flags.FLAGS.get_help()
     else:
-        own = [name for name in flags.FLAGS.flags_by_module_dict() if not _is_library(name)]
-        shown = "\n\n".join(flags.FLAGS.module_help(name).split("\n", 2)[2] for name in own)
+        own = [flags.FLAGS.module_help(name) for name in flags.FLAGS.flags_by_module_dict() if not _is_library(name)]
+        shown = "\n\n".join(text.split("\n", 2)[2] for text in own if text)  # without the modules' names
     parts = [what.strip(), f"Flags:\n\n{shown.rstrip()}"]
     if examples:
         parts.append(f"Examples:\n\n{examples.strip(chr(10)).rstrip()}")

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -41,11 +42,13 @@ def start(*arguments: str, devices: int = 1) -> subprocess.Popen:
     )  # fmt: skip
 
 
-def run(*arguments: str, devices: int = 1, code: int = 0) -> subprocess.CompletedProcess:
-    """`python *arguments` from the project's root; its exit code is checked."""
+def run(
+    *arguments: str, devices: int = 1, code: int = 0, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess:
+    """`python *arguments` from the project's root, with more variables if need be; its exit code is checked."""
     done = subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=command_environment(devices), capture_output=True, text=True,
-        timeout=600, check=False,
+        [sys.executable, *arguments], cwd=ROOT, env=command_environment(devices) | dict(environment or {}),
+        capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import ROOT, TINY_DIGITS, run
+from tests.conftest import TINY_DIGITS, run
 
 
 def test_what_a_run_leaves(tiny_run):
@@ -99,9 +99,3 @@ def test_another_config_s_workdir_is_refused_unless_told_otherwise(tiny_run, tmp
     done = run("main.py", *changed, "--allow_config_change")
     assert "resuming" in done.stdout
     assert json.loads((workdir / "config.json").read_text())["alignment"]["weight"] == 0.7
-
-
-def test_help_explains_the_command():
-    done = run(str(ROOT / "main.py"), "--help", code=1)  # absl's --help exits with 1
-    assert "--config=configs/digits.py" in done.stdout
-    assert "workdir" in done.stdout

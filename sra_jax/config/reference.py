@@ -36,10 +36,10 @@ HEAD = """# Every key of a recipe
 <!-- Made by `python tools/document_config.py` from the code; do not edit. -->
 
 A recipe ([configs/](../configs)) starts from these defaults and changes some; the command line has the last word:
-`--config.model.depth=6`, `--config.alignment.interval=0,0.1`, `--config.alignment.enabled=False`. What comes out is
+`--config.model.depth=10`, `--config.alignment.interval=0,0.1`, `--config.alignment.enabled=False`. What comes out is
 shown by
 
-    python main.py --config=configs/sit_b2.py --config.model.depth=6 --print_config
+    python main.py --config=configs/sit_b2.py --config.model.depth=10 --print_config
 
 A key that nothing reads is an error, and so is a value that cannot work; both end the command before any work. The last
 column says whether a run that was begun may go on with another value; "length" means: as long as no schedule depends on

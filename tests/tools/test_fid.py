@@ -107,9 +107,3 @@ def test_bad_input(folder, flags, message):
     assert finished.returncode == 2, finished.stderr
     assert re.search(f"error: .*({message})", finished.stderr)
     assert "Traceback" not in finished.stderr
-
-
-def test_help(folder):
-    finished = run(folder, "--help")
-    for text in ("--reference=VIRTUAL_imagenet256_labeled.npz", "--samples", "--make_reference", "--extractor"):
-        assert text in finished.stdout
