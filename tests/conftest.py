@@ -1,21 +1,27 @@
-"""Eight simulated devices for the whole suite, and the project's commands run as a user runs them."""
+"""Eight simulated devices for the whole suite, one cache of compiled programs, and a run that many tests look at."""
 
+import contextlib
+import fcntl
 import os
-import subprocess
-import sys
-from collections.abc import Mapping
+import shutil
+import time
+from collections.abc import Iterator
 from pathlib import Path
+
+from tests.running import ROOT, command_environment, compilation_cache, run, start  # noqa: F401
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# Most of a test's time would be the compilation of what another test, or the last run of the suite, has compiled.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compilation_cache()))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import pytest
 from absl import flags
 
 flags.FLAGS.mark_as_parsed()  # grain's worker processes read their options there
-
-ROOT = Path(__file__).resolve().parents[1]
 
 TINY_DIGITS = (
     "--config=configs/digits.py", "--config.model.width=32", "--config.model.depth=3", "--config.model.heads=2",
@@ -26,37 +32,41 @@ TINY_DIGITS = (
 )  # fmt: skip
 """The digits recipe at a size that trains in a second after compilation."""
 
-
-def command_environment(devices: int = 1) -> dict[str, str]:
-    """The environment of a user's shell, with so many simulated devices."""
-    environment = dict(os.environ, JAX_PLATFORMS="cpu")
-    environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
-    return environment
+CACHE_DAYS = 14
 
 
-def start(*arguments: str, devices: int = 1) -> subprocess.Popen:
-    """`python *arguments` from the project's root, running."""
-    return subprocess.Popen(
-        [sys.executable, *arguments], cwd=ROOT, env=command_environment(devices), stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Programs that were compiled long ago are compiled again, so that the folder does not grow for ever."""
+    if hasattr(session.config, "workerinput"):
+        return
+    for entry in Path(os.environ["JAX_COMPILATION_CACHE_DIR"]).glob("*-cache"):
+        with contextlib.suppress(OSError):  # another session was faster
+            if time.time() - entry.stat().st_mtime > CACHE_DAYS * 86400:
+                entry.unlink()
 
 
-def run(
-    *arguments: str, devices: int = 1, code: int = 0, environment: Mapping[str, str] | None = None
-) -> subprocess.CompletedProcess:
-    """`python *arguments` from the project's root, with more variables if need be; its exit code is checked."""
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=command_environment(devices) | dict(environment or {}),
-        capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
-    assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done
+@contextlib.contextmanager
+def made_once(tmp_path_factory: pytest.TempPathFactory, name: str) -> Iterator[tuple[Path, bool]]:
+    """A folder that all processes of this session share, and whether it is to be filled in the block.
+
+    The others wait until the block ends. What ends with an error is tried again by the next.
+    """
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    shared.mkdir(exist_ok=True)
+    folder, done = shared / name, shared / f"{name}.done"
+    with (shared / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+        yield folder, not done.exists()
+        done.touch()
 
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory) -> Path:
     """The workdir of a finished tiny run on the digits, with a preview at its last step. Read only."""
-    workdir = tmp_path_factory.mktemp("runs") / "tiny"
-    run("main.py", *TINY_DIGITS, "--config.sample_every=24", f"--workdir={workdir}")
+    with made_once(tmp_path_factory, "tiny_run") as (workdir, to_do):
+        if to_do:
+            run("main.py", *TINY_DIGITS, "--config.sample_every=24", f"--workdir={workdir}", fresh=True)
     return workdir
