@@ -27,7 +27,6 @@ if __name__ == "__main__":
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
 
 from sra_jax import cli
 from sra_jax import config as config_lib
@@ -35,8 +34,8 @@ from sra_jax.distributed import processes
 from sra_jax.training.loop import train
 
 FLAGS = flags.FLAGS
-CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe: configs/NAME.py, or configs/NAME.py:VARIANT.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; by default runs/ and the recipe's name.")
+CONFIG = config_lib.define_flag("The recipe: configs/NAME.py, or configs/NAME.py:VARIANT.")
+WORKDIR = cli.path_flag("workdir", None, "Folder of the run; by default runs/ and the recipe's name.")
 ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
     "allow_config_change", False, "Go on in a workdir although its saved config differs in what shapes the run."
 )

@@ -1,16 +1,20 @@
-"""The frame around every command: flags are parsed, the job runs, bad input ends with one clear message."""
+"""The frame around every command: flags are read, the job runs, bad input ends with one clear message.
 
-import os
+Flags that hold numbers and paths are defined here, so that all are read in one way: `whole_flag`, `number_flag`,
+`path_flag`, `paths_flag`, `source_flag`.
+"""
+
+import difflib
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from absl import app, flags, logging
 
+from sra_jax import values
 from sra_jax.errors import Preempted, RunError, UserError
 
-# TensorFlow, which clu and tensorflow-datasets import, greets with warnings about what it was not built for.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+flags.disclaim_key_flags()  # they belong to the command that defines them, and stand in its --help
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
@@ -65,16 +69,12 @@ def run(main: Callable[[], int | None], argv: Sequence[str] | None = None) -> No
                 sys.exit(0)
         try:
             return flags.FLAGS(arguments)
+        except flags.UnrecognizedFlagError as error:
+            message = _unknown_flag(error)
         except (flags.Error, UserError) as error:
             message = str(error)
-            if "Traceback" in message and (reason := message.strip().splitlines()[-1]).startswith("ValueError: "):
-                # A recipe refuses its variant with a ValueError, which config flags wrap in its whole traceback.
-                message = f"{message.split(': ')[0]}: {reason.removeprefix('ValueError: ')}"
-        except (AttributeError, KeyError) as error:  # how config flags speak of a key that the recipe does not have
-            detail = str(error.args[0]).replace("\n", "; ")
-            message = f"--config has no key {detail}; docs/configuration.md lists every key"
-        except (TypeError, ValueError) as error:
-            message = f"a --config value does not fit its key: {error}"
+        except OSError as error:  # --flagfile
+            message = f"{error.filename} cannot be read ({error.strerror})"
         print(f"error: {message}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
 
@@ -103,3 +103,104 @@ def help_text(docstring: str, full: bool = False) -> str:
 def _is_library(module: str) -> bool:
     """Whether a module that defined flags is neither the command itself nor the project's."""
     return not (module.startswith("sra_jax.") or module == sys.argv[0] or module == "__main__")
+
+
+def _unknown_flag(error: flags.UnrecognizedFlagError) -> str:
+    group, _, key = error.flagname.partition(".")
+    if not key or group not in flags.FLAGS:
+        return str(error).replace(" command line flag", " flag")
+    if not flags.FLAGS[group].present:
+        return f"--{error.flagname} changes a value of a recipe: name the recipe with --{group}=FILE"
+    if error.flagname in flags.FLAGS:
+        return f"--{error.flagname} stands before --{group}=FILE, whose value it changes: write it behind"
+    if members := [name for name in flags.FLAGS if name.startswith(f"{error.flagname}.")]:
+        return f"--{error.flagname} is a group of keys: {', '.join(f'--{name}' for name in members)}"
+    close = difflib.get_close_matches(error.flagname, flags.FLAGS, n=3)
+    hint = f" Did you mean {' or '.join(f'--{name}' for name in close)}?" if close else ""
+    return f"--{group} has no key {key}.{hint} docs/configuration.md lists every key"
+
+
+def whole_flag(
+    name: str, default: int | None, help_string: str, low: int, high: int, **options: Any
+) -> flags.FlagHolder:
+    """Define a flag of a whole number, low..high with both ends."""
+    return flags.DEFINE(WholeParser(f"--{name}", low, high), name, default, help_string, **options)
+
+
+def number_flag(
+    name: str, default: float | None, help_string: str, low: float, high: float, open_low: bool = False, **options: Any
+) -> flags.FlagHolder:
+    """Define a flag of a finite number, low..high with both ends, or without `low` itself."""
+    return flags.DEFINE(NumberParser(f"--{name}", low, high, open_low), name, default, help_string, **options)
+
+
+def path_flag(name: str, default: str | None, help_string: str, **options: Any) -> flags.FlagHolder:
+    """Define a flag of a local path, a string in which `~` is expanded."""
+    return flags.DEFINE(PathParser(f"--{name}"), name, default, help_string, **options)
+
+
+def paths_flag(name: str, default: str | None, help_string: str, **options: Any) -> flags.FlagHolder:
+    """Define a flag of local paths with commas between, a list."""
+    return flags.DEFINE(PathsParser(f"--{name}"), name, default, help_string, **options)
+
+
+def source_flag(name: str, default: str | None, help_string: str, **options: Any) -> flags.FlagHolder:
+    """Define a flag of a path that may have its kind in front, KIND:PATH; see `values.source`."""
+    return flags.DEFINE(SourceParser(f"--{name}"), name, default, help_string, **options)
+
+
+class WholeParser(flags.ArgumentParser):
+    """Of `whole_flag`."""
+
+    def __init__(self, name: str, low: int, high: int):
+        self._name, self._low, self._high = name, low, high
+        self.syntactic_help = f"a whole number {low} to {high}"
+
+    def parse(self, argument: str | int) -> int:
+        """A whole number of the range, or a `UserError`."""
+        return values.whole(self._name, argument, self._low, self._high)
+
+
+class NumberParser(flags.ArgumentParser):
+    """Of `number_flag`."""
+
+    def __init__(self, name: str, low: float, high: float, open_low: bool):
+        self._name, self._low, self._high, self._open_low = name, low, high, open_low
+        self.syntactic_help = f"a number {'above' if open_low else 'from'} {low:g} to {high:g}"
+
+    def parse(self, argument: str | float) -> float:
+        """A number of the range, or a `UserError`."""
+        return values.number(self._name, argument, self._low, self._high, open_low=self._open_low)
+
+
+class PathParser(flags.ArgumentParser):
+    """Of `path_flag`."""
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def parse(self, argument: str) -> str:
+        """A local path, or a `UserError`."""
+        return values.path(self._name, argument)
+
+
+class PathsParser(flags.ArgumentParser):
+    """Of `paths_flag`."""
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def parse(self, argument: str) -> list[str]:
+        """Local paths, or a `UserError`."""
+        return [values.path(self._name, part.strip()) for part in argument.split(",")]
+
+
+class SourceParser(flags.ArgumentParser):
+    """Of `source_flag`."""
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def parse(self, argument: str) -> str:
+        """A name or a local path, or a `UserError`."""
+        return values.source(self._name, argument)

@@ -6,8 +6,6 @@
 import math
 import os
 import re
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from sra_jax.errors import UserError
@@ -22,6 +20,18 @@ SHOWN = 100
 SEED_LIMIT = 2**32 - 1
 """The random keys hold 32 bits of a seed: a larger one would be the same as a smaller."""
 
+PATH_KINDS = ("edm2", "idx", "imagefolder")
+"""Kinds of a source of images, KIND:PATH, whose rest is a path."""
+
+COUNT_LIMIT = 10**9
+"""Of steps, samples and examples, which 32-bit integers number."""
+
+BATCH_LIMIT = 2**20
+"""Of what is worked on at a time."""
+
+WORKERS_LIMIT = 256
+"""Of threads or processes that are started on one machine."""
+
 
 def shown(value: Any) -> str:
     """A value as one would type it: tuples and lists with commas; cut where it is very long."""
@@ -33,11 +43,15 @@ def shown(value: Any) -> str:
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
-def limits(low: float | None, high: float | None) -> str:
-    """A range in words: `at least 1`, `0 to 1`; empty where there is none."""
-    if low is None or high is None:
-        return f"at least {shown(low)}" if low is not None else f"at most {shown(high)}" if high is not None else ""
-    return f"{shown(low)} to {shown(high)}"
+def limits(low: float | None, high: float | None, open_low: bool = False, open_high: bool = False) -> str:
+    """A range in words: `at least 1`, `above 0 and at most 1`; empty where there is none."""
+
+    def number(end: float) -> str:
+        return f"{end:,}" if isinstance(end, int) else f"{end:g}"
+
+    ends = [f"{'above' if open_low else 'at least'} {number(low)}"] if low is not None else []
+    ends += [f"{'below' if open_high else 'at most'} {number(high)}"] if high is not None else []
+    return " and ".join(ends)
 
 
 def whole(name: str, value: Any, low: int | None = None, high: int | None = None) -> int:
@@ -46,14 +60,14 @@ def whole(name: str, value: Any, low: int | None = None, high: int | None = None
     Raises:
       UserError: something else, or out of the range low..high (both ends allowed).
     """
+    allowed = limits(low, high)
     text = isinstance(value, str)
-    allowed = " ".join(filter(None, ("a whole number", limits(low, high))))
     if isinstance(value, bool) or not (INTEGER.fullmatch(value.strip()) if text else isinstance(value, int)):
-        raise UserError(f"{name}={shown(value)} must be {allowed}")
+        raise UserError(f"{name}={shown(value)} must be {', '.join(filter(None, ('a whole number', allowed)))}")
     # a number of thousands of digits is out of any range, and Python refuses to read it
     number = int(value) if not text or len(value) <= SHOWN else math.inf
     if (low is not None and number < low) or (high is not None and number > high):
-        raise UserError(f"{name}={shown(value)} is out of range: {allowed}")
+        raise UserError(f"{name}={shown(value)} must be {allowed}")
     return number
 
 
@@ -72,20 +86,18 @@ def number(
     Raises:
       UserError: something else, NaN, infinite, or out of the range.
     """
-    ends = [f"{'above' if open_low else 'at least'} {shown(low)}"] if low is not None else []
-    ends += [f"{'below' if open_high else 'at most'} {shown(high)}"] if high is not None else []
-    allowed = " ".join(filter(None, ("a finite number", " and ".join(ends))))
+    allowed = limits(low, high, open_low, open_high)
     readable = REAL.fullmatch(value.strip()) if isinstance(value, str) else isinstance(value, (int, float))
     try:
         result = float(value) if readable and not isinstance(value, bool) else math.nan
     except OverflowError:  # a whole number of hundreds of digits
         result = math.inf
     if not math.isfinite(result):
-        raise UserError(f"{name}={shown(value)} must be {allowed}")
+        raise UserError(f"{name}={shown(value)} must be {', '.join(filter(None, ('a finite number', allowed)))}")
     too_low = low is not None and (result <= low if open_low else result < low)
     too_high = high is not None and (result >= high if open_high else result > high)
     if too_low or too_high:
-        raise UserError(f"{name}={shown(value)} is out of range: {allowed}")
+        raise UserError(f"{name}={shown(value)} must be {allowed}")
     return result
 
 
@@ -140,22 +152,16 @@ def path(name: str, text: str | os.PathLike) -> str:
             f"{name}={text} is an address ({scheme[1]}://); paths are local, such as /data/run, run or ~/run: mount or "
             "copy it"
         )
-    try:
-        return str(Path(text).expanduser())
-    except RuntimeError as error:
-        raise UserError(f"{name}={text} names the home of a user who is not known here; give the whole path") from error
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~"):
+        raise UserError(f"{name}={text} names the home of a user who is not known here; give the whole path")
+    return expanded
 
 
-def source(name: str, text: str, kinds: Sequence[str], plain: bool = True) -> str:
-    """A path with what lies there in front, KIND:PATH, the path as `path` reads it; the kind is left to its reader.
+def source(name: str, text: str) -> str:
+    """A path that may have in front what lies there, KIND:PATH; the path is read as `path` does.
 
-    Args:
-      name: what it was given to.
-      text: KIND:PATH, or a path.
-      kinds: those whose rest is a path.
-      plain: whether a path without a kind is allowed; otherwise such text is returned as it is.
+    Other names, such as `tfds:imagenet2012` or a Hugging Face id, stay as they are.
     """
     kind, colon, rest = text.partition(":")
-    if colon and kind in kinds:
-        return f"{kind}:{path(name, rest)}"
-    return path(name, text) if plain else text
+    return f"{kind}:{path(name, rest)}" if colon and kind in PATH_KINDS else path(name, text)

@@ -35,6 +35,11 @@ def _load(tool: str) -> tuple[ModuleType, dict[str, flags.Flag]]:
     return module, own
 
 
+def flags_of(tool: str) -> dict[str, flags.Flag]:
+    """Name -> flag of those that the tool defines when it is loaded (benchmark.py defines none before its command)."""
+    return _load(tool)[1]
+
+
 def call(tool: str, *arguments: str, code: int = 0) -> Done:
     """`python tools/TOOL.py *arguments`, its exit code checked."""
     module, own = _load(tool)

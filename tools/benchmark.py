@@ -42,9 +42,9 @@ from typing import Any
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from sra_jax import cli, files
+from sra_jax import cli, files, values
 from sra_jax import config as config_lib
 from sra_jax.benchmarks import data, evaluation, measure
 from sra_jax.errors import UserError
@@ -58,12 +58,12 @@ COMMANDS = ("train_step", "growth", "compile", "sampler", "table", *ELSEWHERE)
 
 def define_flags() -> None:
     """Flags of the commands that live in this file."""
-    config_flags.DEFINE_config_file("config", None, "The recipe; its data is replaced by synthetic latents.")
+    config_lib.define_flag("The recipe; its data is replaced by synthetic latents.")
     flags.DEFINE_enum("peer", "none", ["none", "pytorch"], "What to measure beside ours.")
     flags.DEFINE_bool("peer_large_pages", False, "Start PyTorch with large memory pages, as main.py starts itself.")
-    flags.DEFINE_integer("repeats", 5, "Rounds, in each of which every side runs once.", lower_bound=1)
-    flags.DEFINE_integer("samples", 4, "sampler: samples at a time.", lower_bound=1)
-    flags.DEFINE_string("json", None, "Write the result to this file, too; an old one is replaced.")
+    cli.whole_flag("repeats", 5, "Rounds, in each of which every side runs once.", 1, 1000)
+    cli.whole_flag("samples", 4, "sampler: samples at a time.", 1, values.BATCH_LIMIT)
+    cli.path_flag("json", None, "Write the result to this file, too; an old one is replaced.")
     flags.DEFINE_bool("keep_dtype", False, "Keep the recipe's dtype; by default float32, which CPUs compute in.")
 
 

@@ -39,7 +39,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # nothing is run, and JAX must not look for
 
 import jax
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from sra_jax import cli, files
 from sra_jax import config as config_lib
@@ -52,17 +52,17 @@ FLAGS = flags.FLAGS
 EXIT_DOES_NOT_FIT = 3
 SLICES = ("v4-8", "v4-32", "v5e-16", "v5e-256", "v5p-16", "v6e-16")
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe: configs/NAME.py, or configs/NAME.py:VARIANT.")
+CONFIG = config_lib.define_flag("The recipe: configs/NAME.py, or configs/NAME.py:VARIANT.")
 flags.DEFINE_string("topology", "v5e:4x4", "Slice to compile for: v5e:4x4, v4:2x2x4, v5e-256, v4-8, ...")
 flags.DEFINE_enum("platform", "tpu", ["tpu", "cuda"], "What to compile, or (cuda) lower, for.")
-flags.DEFINE_integer("devices", 8, "Number of GPUs with --platform=cuda.", lower_bound=1)
+cli.whole_flag("devices", 8, "Number of GPUs with --platform=cuda.", 1, 1024)
 flags.DEFINE_bool("sample", False, "Compile the sampler instead of the train step.")
 flags.DEFINE_bool("search", False, "Try meshes, remat policies and accumulations; print the fastest that fits.")
 flags.DEFINE_bool("table", False, "Every recipe of --recipes for every slice of --slices, as a Markdown table.")
 flags.DEFINE_list("recipes", None, "Names of configs/ for --table; by default all SiT and DiT recipes.")
 flags.DEFINE_list("slices", list(SLICES), "Slices for --table.")
-flags.DEFINE_string("results", None, "Folder that keeps a JSON file of each compilation, to be read again next time.")
-flags.DEFINE_string("json", None, "File to write the report, or the list of reports, to.")
+cli.path_flag("results", None, "Folder that keeps a JSON file of each compilation, to be read again next time.")
+cli.path_flag("json", None, "File to write the report, or the list of reports, to.")
 
 
 def main() -> int:

@@ -35,10 +35,10 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import jax
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from configs import common
-from sra_jax import cli, files
+from sra_jax import cli, files, values
 from sra_jax import config as config_lib
 from sra_jax.errors import UserError
 from sra_jax.interop import families
@@ -48,16 +48,16 @@ from sra_jax.runs import conversion
 FLAGS = flags.FLAGS
 RECIPES = pathlib.Path(common.__file__).parent
 
-flags.DEFINE_string("checkpoint", None, "File to bring in: .pt or .safetensors.")
-flags.DEFINE_string("workdir", None, "The run's folder: written with --checkpoint, read with --export.", required=True)
+cli.path_flag("checkpoint", None, "File to bring in: .pt or .safetensors.")
+cli.path_flag("workdir", None, "The run's folder: written with --checkpoint, read with --export.", required=True)
 flags.DEFINE_enum("family", "auto", ["auto", *families.FAMILIES], "What the file holds.")
-flags.DEFINE_integer("heads", None, "Attention heads, for widths and depths other than S, B, L, XL.", lower_bound=1)
+cli.whole_flag("heads", None, "Attention heads, for widths and depths other than S, B, L, XL.", 1, 1024)
 flags.DEFINE_bool("fresh_optimizer", False, "Leave the file's optimizer state out.")
 flags.DEFINE_enum("export", None, ["ema", "params", "both"], "Write these weights of the workdir to --output.")
-flags.DEFINE_string("output", None, "File that --export writes: .pt or .safetensors.")
-flags.DEFINE_integer("step", None, "Checkpoint that --export reads; by default the newest.")
+cli.path_flag("output", None, "File that --export writes: .pt or .safetensors.")
+cli.whole_flag("step", None, "Checkpoint that --export reads; by default the newest.", 0, values.COUNT_LIMIT)
 flags.DEFINE_bool("overwrite", False, "Replace --output where it exists.")
-CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe of the run; by default the paper's for the size.")
+CONFIG = config_lib.define_flag("Recipe of the run; by default the paper's for the size.")
 
 
 def main() -> None:

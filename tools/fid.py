@@ -41,7 +41,7 @@ if __name__ == "__main__":
 
 from absl import flags
 
-from sra_jax import cli, files
+from sra_jax import cli, files, values
 from sra_jax.errors import UserError
 from sra_jax.evaluation import evaluate
 from sra_jax.evaluation import samples as runs
@@ -62,22 +62,22 @@ from sra_jax.sampling.options import define_sampling_flags, parse_labels, sampli
 
 FLAGS = flags.FLAGS
 
-flags.DEFINE_string("samples", None, "images to measure: an npz with arr_0 (N,H,W,C) uint8, or a folder of png or jpg")
-flags.DEFINE_string(
+cli.path_flag("samples", None, "images to measure: an npz with arr_0 (N,H,W,C) uint8, or a folder of png or jpg")
+cli.source_flag(
     "reference",
     None,
     "what to compare with: ADM's reference npz, a statistics file from --make_reference, an npz or a folder of images, "
     "a dataset (digits, idx:DIR, imagefolder:DIR, tfds:NAME), or 'dataset', the training set of --workdir",
 )
-flags.DEFINE_string("workdir", None, "measure samples of this run's checkpoint in place of --samples")
-flags.DEFINE_integer("step", None, "with --workdir: which checkpoint; by default the newest")
+cli.path_flag("workdir", None, "measure samples of this run's checkpoint in place of --samples")
+cli.whole_flag("step", None, "with --workdir: which checkpoint; by default the newest", 0, values.COUNT_LIMIT)
 flags.DEFINE_enum("tree", "ema", ["ema", "params"], "with --workdir: which of the two parameter trees")
-flags.DEFINE_integer("num_samples", 50_000, "with --workdir: how many samples", lower_bound=2)
+cli.whole_flag("num_samples", 50_000, "with --workdir: how many samples", 2, values.COUNT_LIMIT)
 flags.DEFINE_string("labels", "balanced", "with --workdir: balanced, uniform, or class numbers, taken in turn")
-flags.DEFINE_integer("sampling_batch_size", 250, "with --workdir: samples at a time, over all devices", lower_bound=1)
-flags.DEFINE_string("save_samples", None, "with --workdir: write the samples to this new npz file, for ADM's suite")
+cli.whole_flag("sampling_batch_size", 250, "with --workdir: samples at a time, over all devices", 1, values.BATCH_LIMIT)
+cli.path_flag("save_samples", None, "with --workdir: write the samples to this new npz file, for ADM's suite")
 define_sampling_flags()
-flags.DEFINE_string("make_reference", None, "write the statistics of --reference to this new npz file")
+cli.path_flag("make_reference", None, "write the statistics of --reference to this new npz file")
 flags.DEFINE_enum(
     "extractor",
     "inception",
@@ -85,7 +85,7 @@ flags.DEFINE_enum(
     "the network whose features are compared. inception: the FID network with its published weights. inception_random: "
     "the same network with seeded random weights. classifier: a small network trained on the labelled reference images",
 )
-flags.DEFINE_string(
+cli.path_flag(
     "weights",
     None,
     "weights file of the extractor; by default the published Inception checkpoint from the cache or the network",
@@ -96,9 +96,9 @@ flags.DEFINE_list(
     f"which metrics, of {', '.join(evaluate.METRICS)}; or all. By default {', '.join(evaluate.DEFAULT_METRICS)}, and "
     "accuracy for a classifier",
 )
-flags.DEFINE_integer("batch_size", None, "images at a time, over all devices; by default 32 a device", lower_bound=1)
-flags.DEFINE_integer("seed", 0, "of the random subsets of KID and FID infinity", lower_bound=0)
-flags.DEFINE_string("json", None, "write the result to this new file, too")
+cli.whole_flag("batch_size", None, "images at a time, over all devices; by default 32 a device", 1, values.BATCH_LIMIT)
+cli.whole_flag("seed", 0, "of the random subsets of KID and FID infinity", 0, values.SEED_LIMIT)
+cli.path_flag("json", None, "write the result to this new file, too")
 
 
 def _check_flags() -> None:

@@ -37,7 +37,7 @@ if __name__ == "__main__":
 import numpy as np
 from absl import flags
 
-from sra_jax import cli, files
+from sra_jax import cli, files, values
 from sra_jax.data import registry as datasets
 from sra_jax.data.dataset import Dataset
 from sra_jax.errors import UserError
@@ -51,23 +51,23 @@ TEST_SHARE = 0.2
 SPLIT_SEED = 0
 FILES = ("probe.json", "probe.csv", "probe.png")
 
-flags.DEFINE_list("workdir", None, "Folders of runs.", required=True)
+cli.paths_flag("workdir", None, "Folders of runs.", required=True)
 flags.DEFINE_list("names", None, "What the figure calls them; runs of one name are averaged. Default: the folders'.")
-flags.DEFINE_string("output", None, "Folder to write to.", required=True)
-flags.DEFINE_integer("step", None, "Checkpoint to read; by default the newest.")
+cli.path_flag("output", None, "Folder to write to.", required=True)
+cli.whole_flag("step", None, "Checkpoint to read; by default the newest.", 0, values.COUNT_LIMIT)
 flags.DEFINE_enum("weights", "ema", ["ema", "params"], "Which of the two parameter trees.")
 flags.DEFINE_list("blocks", ["all"], "Blocks, counted from 1, or all.")
 flags.DEFINE_list("levels", ["0", "0.2", "0.4", "0.6", "0.8"], "Noise levels from 0 (data) to 1 (noise).")
 flags.DEFINE_enum("condition", "null", ["null", "true"], "The label that the network sees.")
-flags.DEFINE_string("path", None, "data.path of the training set; default: the run's.")
-flags.DEFINE_string("test_path", None, "data.path of a held-out set; default: a fifth of the training set.")
-flags.DEFINE_integer("num_examples", 0, "Use so many examples of the training set; 0 uses all.", lower_bound=0)
-flags.DEFINE_integer("epochs", 80, "Passes of the probe over the training set.", lower_bound=1)
-flags.DEFINE_integer("batch_size", 4096, "Of the probe; at most a tenth of the training set.", lower_bound=1)
-flags.DEFINE_float("learning_rate", 1e-3, "Of the probe at its first step.", lower_bound=0)
-flags.DEFINE_integer("extraction_batch_size", 256, "Examples through the network at a time.", lower_bound=1)
-flags.DEFINE_integer("seed", 0, "Of the noise and of the probe's order of examples.", lower_bound=0)
-flags.DEFINE_string("cache", None, "Folder in which features are kept; default: features/ in each workdir.")
+cli.source_flag("path", None, "data.path of the training set; default: the run's.")
+cli.source_flag("test_path", None, "data.path of a held-out set; default: a fifth of the training set.")
+cli.whole_flag("num_examples", 0, "Use so many examples of the training set; 0 uses all.", 0, values.COUNT_LIMIT)
+cli.whole_flag("epochs", 80, "Passes of the probe over the training set.", 1, 100_000)
+cli.whole_flag("batch_size", 4096, "Of the probe; at most a tenth of the training set.", 1, values.BATCH_LIMIT)
+cli.number_flag("learning_rate", 1e-3, "Of the probe at its first step.", 0.0, 1000.0)
+cli.whole_flag("extraction_batch_size", 256, "Examples through the network at a time.", 1, values.BATCH_LIMIT)
+cli.whole_flag("seed", 0, "Of the noise and of the probe's order of examples.", 0, values.SEED_LIMIT)
+cli.path_flag("cache", None, "Folder in which features are kept; default: features/ in each workdir.")
 flags.DEFINE_bool("overwrite", False, "Replace the files in --output where they exist.")
 
 

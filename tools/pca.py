@@ -27,7 +27,7 @@ import numpy as np
 from absl import flags
 from PIL import Image, UnidentifiedImageError
 
-from sra_jax import cli, files
+from sra_jax import cli, files, values
 from sra_jax.data import registry as datasets
 from sra_jax.data.dataset import Example
 from sra_jax.distributed import sharding
@@ -39,17 +39,17 @@ from sra_jax.runs.trained import TrainedModel
 
 FLAGS = flags.FLAGS
 
-flags.DEFINE_list("workdir", None, "Folders of runs.", required=True)
+cli.paths_flag("workdir", None, "Folders of runs.", required=True)
 flags.DEFINE_list("names", None, "What the picture calls them; default: the folders'.")
-flags.DEFINE_string("output", None, "PNG file to write.", required=True)
-flags.DEFINE_integer("step", None, "Checkpoint to read; by default the newest.")
+cli.path_flag("output", None, "PNG file to write.", required=True)
+cli.whole_flag("step", None, "Checkpoint to read; by default the newest.", 0, values.COUNT_LIMIT)
 flags.DEFINE_enum("weights", "ema", ["ema", "params"], "Which of the two parameter trees.")
 flags.DEFINE_list("blocks", ["all"], "Blocks, counted from 1, or all.")
 flags.DEFINE_list("levels", ["0", "0.2", "0.4", "0.6", "0.8"], "Noise levels from 0 (data) to 1 (noise).")
 flags.DEFINE_enum("condition", "null", ["null", "true"], "The label that the network sees.")
-flags.DEFINE_integer("example", 0, "Number of an example of the run's dataset.", lower_bound=0)
-flags.DEFINE_string("image", None, "Picture file to use instead.")
-flags.DEFINE_integer("seed", 0, "Of the noise.", lower_bound=0)
+cli.whole_flag("example", 0, "Number of an example of the run's dataset.", 0, values.COUNT_LIMIT)
+cli.path_flag("image", None, "Picture file to use instead.")
+cli.whole_flag("seed", 0, "Of the noise.", 0, values.SEED_LIMIT)
 flags.DEFINE_bool("overwrite", False, "Replace --output where it exists.")
 
 

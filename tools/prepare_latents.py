@@ -50,7 +50,7 @@ import jax.numpy as jnp
 from absl import flags
 from tqdm import tqdm
 
-from sra_jax import cli, files
+from sra_jax import cli, files, values
 from sra_jax.data import shards
 from sra_jax.data.image_sources import open_images
 from sra_jax.data.moments import MomentsFolder
@@ -62,10 +62,10 @@ EXIT_SKIPPED = 3
 EXIT_DAMAGED = 4
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("source", None, "Where the images are: see above.")
-flags.DEFINE_string("output", None, "Folder of the latents; made if it does not exist.")
-flags.DEFINE_integer("image_size", 256, "Side of the cropped images in pixels.")
-flags.DEFINE_string(
+cli.source_flag("source", None, "Where the images are: see above.")
+cli.path_flag("output", None, "Folder of the latents; made if it does not exist.")
+cli.whole_flag("image_size", 256, "Side of the cropped images in pixels.", 1, 16_384)
+cli.path_flag(
     "vae",
     autoencoder.DEFAULT_VAE,
     "Folder with config.json and diffusion_pytorch_model.safetensors of a diffusers AutoencoderKL, or a Hugging Face "
@@ -74,11 +74,16 @@ flags.DEFINE_string(
 flags.DEFINE_enum("dtype", "float32", shards.DTYPES, "Type of mean and standard deviation on disk.")
 flags.DEFINE_enum("compute_dtype", "float32", ["float32", "bfloat16"], "Type of the VAE's convolutions.")
 flags.DEFINE_bool("flip", False, "Also store each image flipped left to right.")
-flags.DEFINE_integer("batch_size", 32, "Images that are encoded together, over all devices of this process.")
-flags.DEFINE_integer("shard_size", 4096, "Images a shard.")
-flags.DEFINE_integer("workers", os.cpu_count(), "Threads that read and crop images.")
-flags.DEFINE_integer("process_index", None, "Which of the processes this is, from 0; by default found out.")
-flags.DEFINE_integer("process_count", None, "Over how many processes the shards are split; by default found out.")
+cli.whole_flag(
+    "batch_size", 32, "Images that are encoded together, over all devices of this process.", 1, values.BATCH_LIMIT
+)
+cli.whole_flag("shard_size", 4096, "Images a shard.", 1, values.BATCH_LIMIT)
+cli.whole_flag(
+    "workers", min(os.cpu_count() or 1, values.WORKERS_LIMIT), "Threads that read and crop images.", 1,
+    values.WORKERS_LIMIT,
+)  # fmt: skip
+cli.whole_flag("process_index", None, "Which of the processes this is, from 0; by default found out.", 0, 99_999)
+cli.whole_flag("process_count", None, "Over how many processes the shards are split; by default found out.", 1, 100_000)
 flags.DEFINE_bool("verify", False, "Only check the shards in --output against their checksums.")
 
 
@@ -130,8 +135,6 @@ def main() -> int:
         return verify()
     if not FLAGS.source:
         raise UserError("--source is missing, for example --source=imagefolder:/data/train")
-    if FLAGS.workers < 1:
-        raise UserError(f"--workers={FLAGS.workers} must be at least 1")
     files.check_output("--output", FLAGS.output, folder=True)
     index, count = processes()
     kind, _, path = FLAGS.source.partition(":")

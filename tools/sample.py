@@ -27,7 +27,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from sra_jax import cli, files
+from sra_jax import cli, files, values
 from sra_jax.errors import UserError
 from sra_jax.runs.trained import TrainedModel
 from sra_jax.sampling import pictures
@@ -37,15 +37,15 @@ from sra_jax.sampling.options import define_sampling_flags, parse_labels, sampli
 FLAGS = flags.FLAGS
 GRID_COLUMNS = 10
 
-flags.DEFINE_string("workdir", None, "The run's folder.", required=True)
-flags.DEFINE_integer("step", None, "Checkpoint to read; by default the newest.")
+cli.path_flag("workdir", None, "The run's folder.", required=True)
+cli.whole_flag("step", None, "Checkpoint to read; by default the newest.", 0, values.COUNT_LIMIT)
 flags.DEFINE_enum("weights", "ema", ["ema", "params"], "Which of the two parameter trees.")
-flags.DEFINE_integer("num_samples", 1000, "How many images.", lower_bound=1)
+cli.whole_flag("num_samples", 1000, "How many images.", 1, values.COUNT_LIMIT)
 flags.DEFINE_string("labels", "balanced", "balanced, uniform, or class numbers, taken in turn: 207,360.")
-flags.DEFINE_integer("seed", 0, "Of noise and uniform labels.", lower_bound=0)
-flags.DEFINE_integer("batch_size", 250, "Images at a time over all devices.", lower_bound=1)
-flags.DEFINE_string("output", None, "npz file to write.")
-flags.DEFINE_string("grid", None, f"PNG file to write: the samples of each class in rows of {GRID_COLUMNS}.")
+cli.whole_flag("seed", 0, "Of noise and uniform labels.", 0, values.SEED_LIMIT)
+cli.whole_flag("batch_size", 250, "Images at a time over all devices.", 1, values.BATCH_LIMIT)
+cli.path_flag("output", None, "npz file to write.")
+cli.path_flag("grid", None, f"PNG file to write: the samples of each class in rows of {GRID_COLUMNS}.")
 flags.DEFINE_bool("overwrite", False, "Replace --output and --grid where they exist.")
 define_sampling_flags()
 

@@ -25,6 +25,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
+from sra_jax import cli, values
 from sra_jax.data import latents, pipeline
 from sra_jax.data.moments import MomentsFolder
 from sra_jax.data.preparation import MomentsCopier, prepare
@@ -37,13 +38,13 @@ FLAGS = flags.FLAGS
 
 def define_flags() -> None:
     """Flags of the commands data and vae."""
-    flags.DEFINE_string("folder", None, "Where test data is made, on the disk that is measured.")
-    flags.DEFINE_integer("examples", 8192, "read: examples, with 32x32x4 means and standard deviations.")
-    flags.DEFINE_integer("shard_size", 4096, "read: examples a shard.")
-    flags.DEFINE_integer("batch_size", 256, "Examples a batch (read), images (encode: 4 is enough).")
-    flags.DEFINE_integer("epochs", 4, "read: passes of the pipeline, which starts anew each round, over the examples.")
-    flags.DEFINE_integer("image_size", 256, "encode: side of the images.")
-    flags.DEFINE_integer("rounds", 5, "How often each contestant runs.")
+    cli.path_flag("folder", None, "Where test data is made, on the disk that is measured.")
+    cli.whole_flag("examples", 8192, "read: examples, with 32x32x4 means and standard deviations.", 1, 10_000_000)
+    cli.whole_flag("shard_size", 4096, "read: examples a shard.", 1, values.BATCH_LIMIT)
+    cli.whole_flag("batch_size", 256, "Examples a batch (read), images (encode: 4 is enough).", 1, values.BATCH_LIMIT)
+    cli.whole_flag("epochs", 4, "read: passes over the examples; the pipeline starts anew each round.", 1, 1000)
+    cli.whole_flag("image_size", 256, "encode: side of the images.", 1, 16_384)
+    cli.whole_flag("rounds", 5, "How often each contestant runs.", 1, 1000)
 
 
 def race(contestants: dict[str, Callable[[], int]], before: Callable[[], None] = lambda: None) -> None:

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
+from sra_jax import cli, values
 from sra_jax.evaluation import evaluate
 from sra_jax.evaluation.extractors import build_extractor
 from sra_jax.evaluation.features import Extractor, extract_features
@@ -35,11 +36,11 @@ FLAGS = flags.FLAGS
 
 def define_flags() -> None:
     """Flags of the commands inception and metrics."""
-    flags.DEFINE_integer("num_samples", 50_000, "metrics: number of samples", lower_bound=20)
-    flags.DEFINE_integer("num_reference", 10_000, "metrics: number of reference images", lower_bound=4)
-    flags.DEFINE_integer("batch_size", 16, "network: images at a time", lower_bound=1)
-    flags.DEFINE_integer("image_size", 256, "network: height and width of the images", lower_bound=1)
-    flags.DEFINE_integer("rounds", 5, "network: how often each takes its turn", lower_bound=1)
+    cli.whole_flag("num_samples", 50_000, "metrics: number of samples", 20, 10_000_000)
+    cli.whole_flag("num_reference", 10_000, "metrics: number of reference images", 4, 10_000_000)
+    cli.whole_flag("batch_size", 16, "network: images at a time", 1, values.BATCH_LIMIT)
+    cli.whole_flag("image_size", 256, "network: height and width of the images", 1, 16_384)
+    cli.whole_flag("rounds", 5, "network: how often each takes its turn", 1, 1000)
 
 
 

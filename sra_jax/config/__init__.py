@@ -1,11 +1,14 @@
-"""A run's config: every key and its default (keys.py), the checks before any work (checks.py), the objects that it
-describes (objects.py), reading, writing and comparing (saved.py).
+"""A run's config: every key and its default (keys.py), the numbers that they may hold (limits.py), the checks before
+any work (checks.py), the objects that it describes (objects.py), the flag that names a recipe (flag.py), reading,
+writing and comparing (saved.py), the page of all keys (reference.py).
 
 Other rooms use it as `from sra_jax import config as config_lib`.
 """
 
 from sra_jax.config.checks import check
+from sra_jax.config.flag import define_flag
 from sra_jax.config.keys import DTYPES, FREE_KEYS, default, flatten
+from sra_jax.config.limits import check_workers
 from sra_jax.config.objects import (
     alignment_of,
     fewest_devices,
@@ -22,7 +25,8 @@ from sra_jax.config.saved import differences, from_flag, from_json, read, readab
 from sra_jax.diffusion.registry import process_defaults
 
 __all__ = [
-    "DTYPES", "FREE_KEYS", "alignment_of", "check", "default", "differences", "fewest_devices", "flatten",
-    "from_flag", "from_json", "guidance_interval", "guidance_of", "mesh_shape", "process_defaults", "process_of",
-    "read", "readable", "sampler_of", "step_flops", "to_json", "total_steps", "transformer_of",
+    "DTYPES", "FREE_KEYS", "alignment_of", "check", "check_workers", "default", "define_flag", "differences",
+    "fewest_devices", "flatten", "from_flag", "from_json", "guidance_interval", "guidance_of", "mesh_shape",
+    "process_defaults", "process_of", "read", "readable", "sampler_of", "step_flops", "to_json", "total_steps",
+    "transformer_of",
 ]

@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from sra_jax import values
 from sra_jax.config.keys import DTYPES
+from sra_jax.config.limits import total_fits
 from sra_jax.diffusion.guidance import Guidance
 from sra_jax.diffusion.process import Process
 from sra_jax.diffusion.registry import PROCESSES, SAMPLERS, Sampler
@@ -17,11 +18,15 @@ from sra_jax.models.transformer import TransformerConfig
 
 
 def total_steps(config: ConfigDict, num_examples: int) -> int:
-    """Length of the run in steps, from whichever of steps, epochs and examples is given."""
+    """Length of the run in steps, from whichever of steps, epochs and examples is given.
+
+    Raises:
+      UserError: more steps than are counted.
+    """
     if config.steps:
         return config.steps
     seen = config.examples or config.epochs * num_examples
-    return math.ceil(seen / config.batch_size)
+    return total_fits(seen / config.batch_size)
 
 
 def process_of(config: ConfigDict) -> Process:

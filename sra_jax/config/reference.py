@@ -15,6 +15,7 @@ from typing import Any
 
 from sra_jax.config import keys
 from sra_jax.config.keys import FREE_KEYS, default, flatten
+from sra_jax.config.limits import RANGES
 from sra_jax.diffusion.registry import PROCESSES, SAMPLERS, process_defaults
 
 GROUPS = {
@@ -81,7 +82,7 @@ def markdown() -> str:
 def _section(title: str, rows: list[Key]) -> str:
     lines = [title, "", "| key | type | default | meaning | may change |", "| --- | --- | --- | --- | --- |"]
     lines += [
-        f"| `{row.name}` | {_type(row.value)} | `{_shown(row.value)}` | {_cell(row.meaning)} | {_free(row.name)} |"
+        f"| `{row.name}` | {_type(row)} | `{_shown(row.value)}` | {_cell(row.meaning)} | {_free(row.name)} |"
         for row in rows
     ]
     return "\n".join(lines) + "\n"
@@ -102,10 +103,11 @@ def _sampler_sections() -> Iterator[str]:
             yield _section(f"### With `sampling.sampler={name}`", rows)
 
 
-def _type(value: Any) -> str:
-    if isinstance(value, tuple):
+def _type(row: Key) -> str:
+    if isinstance(row.value, tuple):
         return "numbers"
-    return {"str": "text", "bool": "True or False", "int": "whole number", "float": "number"}[type(value).__name__]
+    kinds = {"str": "text", "bool": "True or False", "int": "whole number", "float": "number"}
+    return ", ".join([kinds[type(row.value).__name__], *([str(RANGES[row.name])] if row.name in RANGES else [])])
 
 
 def _shown(value: Any) -> str:

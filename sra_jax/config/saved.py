@@ -7,6 +7,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from sra_jax.config.keys import FREE_KEYS, default, flatten
+from sra_jax.config.limits import local_paths
 from sra_jax.diffusion.registry import process_defaults
 from sra_jax.errors import UserError
 
@@ -95,15 +96,14 @@ def differences(saved: ConfigDict, given: ConfigDict) -> list[str]:
     ]
 
 
-def from_flag(value: Any) -> ConfigDict:
-    """The config that `config_flags.DEFINE_config_file` made of --config and its overrides.
+def from_flag(value: ConfigDict | None) -> ConfigDict:
+    """The config of --config and its overrides, a copy; `~` is expanded in the paths that it holds.
 
     Raises:
-      UserError: no recipe was given, or its file cannot be used.
+      UserError: no recipe was given, or a path that is an address.
     """
     if value is None:
         raise UserError("--config is missing: name a recipe, such as --config=configs/digits.py")
-    try:
-        return value.copy_and_resolve_references()
-    except Exception as error:  # the flag keeps whatever loading the file raised until it is used
-        raise UserError(f"--config cannot be used: {error}") from error
+    config = value.copy_and_resolve_references()
+    local_paths(config)
+    return config

@@ -15,6 +15,7 @@ import jax
 from absl import flags
 from jax.experimental import multihost_utils
 
+from sra_jax import cli
 from sra_jax.errors import UserError
 
 HEARTBEAT_SECONDS = 60
@@ -24,11 +25,11 @@ JOIN_SECONDS = 300
 def define_flags() -> None:
     """Flags of commands that run as several processes; none is needed where JAX detects the cluster itself."""
     flags.DEFINE_string("coordinator_address", None, "host:port of process 0, where nothing else tells it.")
-    flags.DEFINE_integer("num_processes", None, "How many processes run this command together.", lower_bound=1)
-    flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
-    flags.DEFINE_integer(
+    cli.whole_flag("num_processes", None, "How many processes run this command together.", 1, 100_000)
+    cli.whole_flag("process_id", None, "Which of them this is, from 0.", 0, 99_999)
+    cli.whole_flag(
         "heartbeat_seconds", HEARTBEAT_SECONDS,
-        "A process that is silent for so long is taken for dead, and the others end.", lower_bound=1,
+        "A process that is silent for so long is taken for dead, and the others end.", 1, 86_400,
     )  # fmt: skip
 
 
@@ -65,6 +66,22 @@ def _on_a_tpu_machine(environment: Mapping[str, str]) -> bool:
     return "tpu" in allowed and attached and importlib.util.find_spec("libtpu") is not None
 
 
+def _check_flags(coordinator_address: str | None, num_processes: int | None, process_id: int | None) -> None:
+    """Raises a `UserError` for an address without a port, or a process that is none of those."""
+    if coordinator_address is not None:
+        host, _, port = coordinator_address.rpartition(":")
+        if not host or not (port.isascii() and port.isdigit() and 1 <= int(port[:6]) <= 65_535):
+            raise UserError(
+                f"--coordinator_address={coordinator_address} must be HOST:PORT with a port from 1 to 65535, such as "
+                "10.0.0.1:1234"
+            )
+    if num_processes is not None and process_id is not None and process_id >= num_processes:
+        raise UserError(
+            f"--process_id={process_id} is none of --num_processes={num_processes}: they count from 0 to "
+            f"{num_processes - 1}"
+        )
+
+
 @contextlib.contextmanager
 def joined() -> Iterator[None]:
     """Be one of the run's processes: to be entered before JAX is used, left after the last checkpoint.
@@ -73,6 +90,7 @@ def joined() -> Iterator[None]:
       UserError: the flags are incomplete, or the other processes did not come.
     """
     given = {name: flags.FLAGS[name].value for name in ("coordinator_address", "num_processes", "process_id")}
+    _check_flags(**given)
     launcher = detect(os.environ)
     missing = [name for name, value in given.items() if value is None]
     if 0 < len(missing) < 3 and launcher is None:

@@ -106,7 +106,7 @@ class Generator:
         """The program that `images` runs, for parameters that may be shapes with shardings."""
         split = sharding.batch_sharding(self._mesh)
         rows = jax.ShapeDtypeStruct((self.batch_size,), np.int32, sharding=split)
-        return self._sample.lower(params, rows, rows, np.int32(self._seed))
+        return self._sample.lower(params, rows, rows, np.uint32(self._seed))
 
     def describe(self) -> dict[str, Any]:
         """How the samples are made: for results, and to tell whether two sets of samples are the same."""
@@ -139,7 +139,7 @@ class Generator:
             indices = np.arange(first, first + self.batch_size, dtype=np.int32)
             chosen = labels_for(indices, labels, self._config.data.num_classes, self._seed)
             put = sharding.put_rows({"indices": indices, "labels": chosen}, self._mesh)
-            latents = self._sample(params, put["indices"], put["labels"], np.int32(self._seed))
+            latents = self._sample(params, put["indices"], put["labels"], np.uint32(self._seed))
             keep = min(count - first, self.batch_size)
             if not self._all_finite(latents):
                 raise UserError(

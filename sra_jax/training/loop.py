@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import gc
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -112,6 +113,7 @@ def train(config: ConfigDict, workdir: Path, allow_config_change: bool = False) 
       Preempted: SIGTERM came; the state is saved.
     """
     config_lib.check(config, jax.device_count())
+    config_lib.check_workers(config.data.workers, os.cpu_count() or 1)
     workdir = Path(workdir)
     make_workdir(workdir)
     with _claimed(workdir) as lock:
