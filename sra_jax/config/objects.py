@@ -75,7 +75,7 @@ def guidance_of(config: ConfigDict) -> Guidance:
     extent = process_of(config).time_extent
     low, high = guidance_interval("sampling.guidance_interval", sampling.guidance_interval)
     return Guidance(
-        null_label=config.data.num_classes, scale=sampling.guidance_scale, low=low * extent, high=high * extent,
+        null=config.data.num_classes, scale=sampling.guidance_scale, low=low * extent, high=high * extent,
         channels=sampling.guidance_channels or None,
     )  # fmt: skip
 

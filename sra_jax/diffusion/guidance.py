@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from itertools import groupby
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,20 +11,39 @@ import numpy as np
 
 from sra_jax.diffusion.process import Denoiser
 
+Condition = Any
+"""What the network is told beside the time: labels (B,) int, or a tree of arrays (B,...) such as a caption's."""
+
+
+def without(y: Condition, null: Condition, where: jax.Array | bool = True) -> Condition:
+    """A condition with the null condition in place of some examples' own.
+
+    Args:
+      y: the condition of B examples.
+      null: a tree like `y` without the batch axis: the null label, the empty caption.
+      where: (B,) bool, which examples lose theirs; True takes all.
+    """
+
+    def replace(own: jax.Array, nothing: Any) -> jax.Array:
+        rows = jnp.reshape(where, jnp.shape(where) + (1,) * (own.ndim - 1))
+        return jnp.where(rows, jnp.asarray(nothing, own.dtype), own)
+
+    return jax.tree.map(replace, y, null)
+
 
 @dataclasses.dataclass(frozen=True)
 class Guidance:
     """How much, when and on what samples are guided.
 
     Attributes:
-      null_label: the label of the unconditional branch, the model's `num_classes`.
+      null: the condition of the unconditional branch, as `without` takes it: the model's `num_classes` or a tree.
       scale: w in `d_null + w * (d_label - d_null)`, at least 1; 1 turns guidance off.
       low, high: guided where low <= t <= high, both ends included, in the process's time.
       channels: guide the first so many channels of the prediction and keep the conditional branch's others; None
         guides all.
     """
 
-    null_label: int
+    null: Condition
     scale: float = 1.0
     low: float = -np.inf
     high: float = np.inf
@@ -35,11 +55,11 @@ class Guidance:
         return (self.scale > 1) & (times >= self.low) & (times <= self.high)
 
     def guide(self, denoise: Denoiser) -> Denoiser:
-        """`denoise` with guidance: one call on the doubled batch [x, x] with labels [y, null]."""
+        """`denoise` with guidance: one call on the doubled batch [x, x] with conditions [y, null]."""
 
-        def guided(x: jax.Array, t: jax.Array, y: jax.Array) -> jax.Array:
-            null = jnp.full_like(y, self.null_label)
-            both = denoise(jnp.concatenate([x, x]), jnp.concatenate([t, t]), jnp.concatenate([y, null]))
+        def guided(x: jax.Array, t: jax.Array, y: Condition) -> jax.Array:
+            doubled = jax.tree.map(lambda *each: jnp.concatenate(each), (x, t, y), (x, t, without(y, self.null)))
+            both = denoise(*doubled)
             conditional, unconditional = jnp.split(both, 2)
             mixed = unconditional + self.scale * (conditional - unconditional)
             if self.channels is None:

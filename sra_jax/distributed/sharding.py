@@ -20,14 +20,17 @@ from sra_jax.models.stack import Placement
 BATCH = P(("data", "fsdp"))
 GATHERED = "fsdp"
 
+BLOCKS = r"(blocks|last_block)(/text|/image)?"
+"""Stacks of blocks, of one stream or of two."""
+
 RULES: tuple[tuple[str, P], ...] = (
     # stacked blocks: the first axis is depth and stays whole, for the scan takes one block at a time
-    (r"blocks/attention/qkv/kernel", P(None, "fsdp", None, "model", None)),  # (depth, D, 3, heads, D/heads)
-    (r"blocks/attention/out/kernel", P(None, "model", None, "fsdp")),  # (depth, heads, D/heads, D)
-    (r"blocks/mlp/hidden/kernel", P(None, "fsdp", "model")),  # (depth, D, 4D)
-    (r"blocks/mlp/out/kernel", P(None, "model", "fsdp")),  # (depth, 4D, D)
-    (r"blocks/modulation/kernel", P(None, None, "fsdp")),  # (depth, D, 6D), never gathered: see `placement`
-    (r"(patch_embedding|time_embedding/\w+)/kernel", P(None, "fsdp")),
+    (rf"{BLOCKS}/attention/qkv/kernel", P(None, "fsdp", None, "model", None)),  # (depth, D, 3, heads, D/heads)
+    (rf"{BLOCKS}/attention/out/kernel", P(None, "model", None, "fsdp")),  # (depth, heads, D/heads, D)
+    (rf"{BLOCKS}/mlp/hidden/kernel", P(None, "fsdp", "model")),  # (depth, D, 4D)
+    (rf"{BLOCKS}/mlp/out/kernel", P(None, "model", "fsdp")),  # (depth, 4D, D)
+    (rf"{BLOCKS}/modulation/kernel", P(None, None, "fsdp")),  # (depth, D, 6D), never gathered: see `placement`
+    (r"(patch_embedding|context_embedding|(time|pooled)_embedding/\w+)/kernel", P(None, "fsdp")),
     (r"label_embedding/embedding", P(None, "fsdp")),
     (r"final/\w+/kernel", P("fsdp", None)),
     (r"head/hidden/kernel", P("fsdp", None)),
@@ -105,7 +108,7 @@ def placement(mesh: Mesh, dtype: Any) -> Placement:
         def gather(path: Sequence[Any], x: jax.Array) -> jax.Array:
             name = path_name(path)
             spec = layout(f"blocks/{name}", (1, *x.shape), mesh)
-            if name == "modulation/kernel":
+            if name.endswith("modulation/kernel"):
                 return jax.lax.with_sharding_constraint(x.astype(dtype), NamedSharding(mesh, P(*spec[1:])))
             return _gather(x.astype(dtype), P(*spec[1:]), mesh)
 

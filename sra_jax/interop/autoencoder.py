@@ -6,11 +6,9 @@ names are understood for the attention's weights: `to_q`, `to_k`, `to_v`, `to_ou
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 import re
-import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,16 +16,16 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
 from sra_jax import files
 from sra_jax.errors import UserError
+from sra_jax.interop import hub
 from sra_jax.models.autoencoder import Autoencoder, AutoencoderConfig, abstract_model
 
 DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+_KIND = hub.Kind("VAE", "vae", f"{CONFIG_FILE} and {WEIGHTS_FILE} of a diffusers VAE", DEFAULT_VAE)
 
 # Repositories whose config.json is AutoencoderConfig's defaults: their sizes are known without a network
 _SD1_REPOSITORIES = (DEFAULT_VAE, "stabilityai/sd-vae-ft-mse")
@@ -183,7 +181,7 @@ def read_config(vae: str) -> AutoencoderConfig:
     """
     if vae in _SD1_REPOSITORIES and not os.path.isdir(vae):
         return AutoencoderConfig()
-    path = _find(vae, CONFIG_FILE)
+    path = hub.find(vae, CONFIG_FILE, _KIND)
     return config_from_json(path.read_text(), str(path))
 
 
@@ -199,10 +197,10 @@ def load(vae: str = DEFAULT_VAE, dtype: Any = jnp.float32) -> Autoencoder:
     Raises:
       UserError: files are missing and cannot be fetched, or do not fit each other.
     """
-    config_path, weights_path = _find(vae, CONFIG_FILE), _find(vae, WEIGHTS_FILE)
+    config_path, weights_path = (hub.find(vae, name, _KIND) for name in (CONFIG_FILE, WEIGHTS_FILE))
     config = config_from_json(config_path.read_text(), str(config_path))
-    params = params_from_tensors(_read_safetensors(weights_path), config, str(weights_path))
-    return Autoencoder(config, params, dtype=dtype, name=vae, fingerprint=_sha256(weights_path))
+    params = params_from_tensors(hub.read_safetensors(weights_path), config, str(weights_path))
+    return Autoencoder(config, params, dtype=dtype, name=vae, fingerprint=hub.sha256(weights_path))
 
 
 def save(folder: str | os.PathLike, config: AutoencoderConfig, params: Mapping[str, Any]) -> None:
@@ -218,54 +216,3 @@ def save(folder: str | os.PathLike, config: AutoencoderConfig, params: Mapping[s
     folder.mkdir(parents=True, exist_ok=True)
     files.write_safetensors(folder / WEIGHTS_FILE, tensors_from_params(params), {"format": "pt"})
     files.write_text(folder / CONFIG_FILE, config_to_json(config))
-
-
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"{path} is not a whole safetensors file ({error}): download it again") from error
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _find(vae: str, file: str) -> Path:
-    """The path of one of a VAE's files, fetched into the cache if `vae` is a Hugging Face id."""
-    folder = Path(vae).expanduser()
-    if folder.is_dir():
-        if (folder / file).is_file():
-            return folder / file
-        raise UserError(
-            f"the VAE folder {folder} has no {file}: download {CONFIG_FILE} and {WEIGHTS_FILE} of a diffusers VAE, "
-            f"for example {DEFAULT_VAE}, into it"
-        )
-    identity = re.fullmatch(r"([\w-][\w.-]*/[\w-][\w.-]*)((?:/[\w-][\w.-]*)*)", vae)
-    if identity is None:
-        raise UserError(f"no VAE at {vae!r}: give a folder that exists or a Hugging Face id such as {DEFAULT_VAE}")
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    cache = caches / "sra_jax" / "vae" / vae.replace("/", "--")
-    if not (cache / file).is_file():
-        host = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-        _fetch(f"{host}/{identity.group(1)}/resolve/main{identity.group(2)}/{file}", cache / file, vae)
-    return cache / file
-
-
-def _fetch(url: str, path: Path, vae: str) -> None:
-    """Download `url` to `path`, which appears only when whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with urllib.request.urlopen(url, timeout=60) as response, files.whole(path) as temporary:
-            length = response.headers.get("Content-Length")
-            with open(temporary, "wb") as file:
-                while block := response.read(1 << 20):
-                    file.write(block)
-            if length is not None and temporary.stat().st_size != int(length):
-                raise OSError(f"{temporary.stat().st_size} of {length} bytes arrived")
-    except OSError as error:  # URLError, HTTPError and time-outs are OSErrors
-        raise UserError(
-            f"{vae!r} is no folder here, and {url} cannot be fetched ({error}). Download {CONFIG_FILE} and "
-            f"{WEIGHTS_FILE} of {vae} on a machine with a network, put both into one folder and give that folder"
-        ) from error

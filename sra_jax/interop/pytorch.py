@@ -34,7 +34,7 @@ LABEL_TABLE = ("y_embedder.embedding_table.weight", "model/label_embedding/embed
 Tree = dict[str, Any]
 
 
-def _to_ours(path: str, name: str, array: np.ndarray, heads: int) -> np.ndarray:
+def to_ours(path: str, name: str, array: np.ndarray, heads: int) -> np.ndarray:
     """One tensor of a linear layer at `path`, `name` weight or bias, in our layout."""
     if name == "weight":
         if path == "model/patch_embedding":
@@ -47,8 +47,8 @@ def _to_ours(path: str, name: str, array: np.ndarray, heads: int) -> np.ndarray:
     return array
 
 
-def _to_theirs(path: str, name: str, array: np.ndarray, channels: int) -> np.ndarray:
-    """The inverse of `_to_ours`; `channels` are those of the latents."""
+def to_theirs(path: str, name: str, array: np.ndarray, channels: int) -> np.ndarray:
+    """The inverse of `to_ours`; `channels` are those of the latents."""
     if path.endswith("attention/qkv"):
         array = array.reshape(*array.shape[:-3], -1)
     if path.endswith("attention/out") and name == "weight":
@@ -69,7 +69,8 @@ def insert(tree: Tree, path: str, value: Any) -> None:
     tree[last] = value
 
 
-def _walk(tree: Mapping[str, Any], path: str) -> Any:
+def walk(tree: Mapping[str, Any], path: str) -> Any:
+    """The leaf at "a/b/c"."""
     for key in path.split("/"):
         tree = tree[key]
     return tree
@@ -101,13 +102,13 @@ def leaf_from_pytorch(path: str, tensors: Iterable[np.ndarray], depth: int, head
     if ours == "embedding":
         return first
     name = "weight" if ours == "kernel" else "bias"
-    first = _to_ours(parent, name, first, heads)
+    first = to_ours(parent, name, first, heads)
     if not parent.startswith("model/blocks/"):
         return first
     stacked = np.empty((depth, *first.shape), first.dtype)
     stacked[0] = first
     for i, tensor in enumerate(tensors, start=1):
-        stacked[i] = _to_ours(parent, name, tensor, heads)
+        stacked[i] = to_ours(parent, name, tensor, heads)
     return stacked
 
 
@@ -173,17 +174,17 @@ def pytorch_from_params(params: Mapping[str, Any], channels: int, input_size: in
       input_size: height and width of the latents.
     """
     to_numpy: Callable[[Any], np.ndarray] = np.asarray
-    kernel = to_numpy(_walk(params, "model/patch_embedding/kernel"))
+    kernel = to_numpy(walk(params, "model/patch_embedding/kernel"))
     patch = round((kernel.shape[0] // channels) ** 0.5)
-    depth = len(_walk(params, "model/blocks/modulation/bias"))
+    depth = len(walk(params, "model/blocks/modulation/bias"))
     tensors = {POSITION_TABLE: position_table(kernel.shape[1], input_size // patch)[None]}
     for path, names in leaves(depth, "head" in params):
-        array = to_numpy(_walk(params, path))
+        array = to_numpy(walk(params, path))
         parent, _, ours = path.rpartition("/")
         if ours == "embedding":
             tensors[names[0]] = array
             continue
         layers = array if parent.startswith("model/blocks/") else array[None]
         for name, layer in zip(names, layers, strict=True):
-            tensors[name] = _to_theirs(parent, name.rpartition(".")[2], layer, channels)
+            tensors[name] = to_theirs(parent, name.rpartition(".")[2], layer, channels)
     return tensors

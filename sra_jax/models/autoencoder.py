@@ -25,6 +25,12 @@ NORM_EPSILON = 1e-6
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
 
 
+def posterior(moments: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Moments (...,2C), mean and logarithm of the variance, -> mean and standard deviation, (...,C) float32 each."""
+    mean, log_variance = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
+    return mean, jnp.exp(0.5 * jnp.clip(log_variance, *LOG_VARIANCE_RANGE))
+
+
 @dataclasses.dataclass(frozen=True)
 class AutoencoderConfig:
     """The sizes of an AutoencoderKL; the defaults are those of Stable Diffusion 1's VAE (83,653,863 parameters).
@@ -284,8 +290,7 @@ class AutoencoderKL(nnx.Module):
         moments = self.encoder(images.astype(self.dtype))
         if self.quant_conv is not None:
             moments = self.quant_conv(moments)
-        mean, log_variance = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
-        return mean, jnp.exp(0.5 * jnp.clip(log_variance, *LOG_VARIANCE_RANGE))
+        return posterior(moments)
 
     def decode(self, latents: jax.Array) -> jax.Array:
         """Images (B,H,W,C) float32, about [-1, 1] and not clipped, of unscaled latents (B,h,w,latent_channels)."""

@@ -6,7 +6,10 @@ again: it is work of the machine, not of the model.
 
 import dataclasses
 
+from sra_jax.models.mmdit import MMDiTConfig
 from sra_jax.models.transformer import TIME_FREQUENCIES, TransformerConfig
+
+Shape = TransformerConfig | MMDiTConfig
 
 
 def block_flops(shape: TransformerConfig) -> float:
@@ -20,22 +23,40 @@ def block_flops(shape: TransformerConfig) -> float:
     return projections + attention + mlp + modulation
 
 
-def input_flops(shape: TransformerConfig) -> float:
-    """The layers whose input is data, so that no gradient goes below them: patch embedding, first layer of time."""
-    return 2 * shape.tokens * shape.patch**2 * shape.channels * shape.width + 2 * TIME_FREQUENCIES * shape.width
+def joint_block_flops(shape: MMDiTConfig, *, last: bool = False) -> float:
+    """Forward pass of one joint block for one example; the last one's text ends with its queries, keys and values."""
+    text, image, width = shape.context_length, shape.tokens, shape.width
+    hidden = int(width * shape.mlp_ratio)
+    entrance = 2 * width * 3 * width  # of a token: query, key, value
+    rest = 2 * width * width + 2 * 2 * width * hidden  # of a token: output, MLP
+    attention = 2 * 2 * (text + image) ** 2 * width
+    modulation = 2 * width * (2 + 6 if last else 6 + 6) * width
+    return (text + image) * entrance + (image if last else text + image) * rest + attention + modulation
 
 
-def forward_flops(shape: TransformerConfig, stop: int | None = None) -> float:
+def input_flops(shape: Shape) -> float:
+    """The layers whose input is data, so that no gradient goes below them: of patches, the time and the caption."""
+    patches = 2 * shape.tokens * shape.patch**2 * shape.channels * shape.width + 2 * TIME_FREQUENCIES * shape.width
+    if isinstance(shape, TransformerConfig):
+        return patches
+    return patches + 2 * (shape.context_length + shape.pooled) * shape.context_width * shape.width
+
+
+def forward_flops(shape: Shape, stop: int | None = None) -> float:
     """Forward pass for one example: all of it, or the embeddings and blocks 1..stop."""
-    width = shape.width
-    embeddings = input_flops(shape) + 2 * width * width
-    if stop is not None:
-        return embeddings + stop * block_flops(shape)
-    final = 2 * width * 2 * width + 2 * shape.tokens * width * shape.patch**2 * shape.output_channels
-    return embeddings + shape.depth * block_flops(shape) + final
+    width, blocks = shape.width, shape.depth if stop is None else stop
+    result = input_flops(shape) + 2 * width * width
+    if isinstance(shape, TransformerConfig):
+        result += blocks * block_flops(shape)
+    else:
+        result += 2 * shape.pooled * width * width + min(blocks, shape.depth - 1) * joint_block_flops(shape)
+        result += joint_block_flops(shape, last=True) if blocks == shape.depth else 0.0
+    if stop is None:
+        result += 2 * width * 2 * width + 2 * shape.tokens * width * shape.patch**2 * shape.output_channels
+    return result
 
 
-def head_flops(shape: TransformerConfig) -> float:
+def head_flops(shape: Shape) -> float:
     """Forward pass of the projection head D -> 2D -> D for one example."""
     return 2 * 2 * shape.tokens * shape.width * 2 * shape.width
 
@@ -61,7 +82,7 @@ class StepFlops:
 
 
 def train_step_flops(
-    shape: TransformerConfig, batch_size: int, teacher_blocks: int | None = None, head: float = 0.0
+    shape: Shape, batch_size: int, teacher_blocks: int | None = None, head: float = 0.0
 ) -> StepFlops:
     """One training step.
 

@@ -23,7 +23,7 @@ REMAT_POLICIES = {
 scores), and two numbers a token for each norm; each block's input only; the input of about sqrt(depth) segments of
 blocks only, which costs a third forward pass."""
 
-Block = Callable[[Any, jax.Array, jax.Array], jax.Array]
+Block = Callable[[Any, Any, jax.Array], Any]
 
 
 def _as_it_is(x: Any) -> Any:
@@ -56,48 +56,50 @@ ANYWHERE = Placement()
 
 
 def run_stack(
-    block: Block, params: Any, x: jax.Array, condition: jax.Array, *, depth: int, taps: tuple[int, ...], stop: int,
-    remat: str, placement: Placement = ANYWHERE,
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    block: Block, params: Any, x: Any, condition: jax.Array, *, depth: int, taps: tuple[int, ...], stop: int,
+    remat: str, placement: Placement = ANYWHERE, tapped: Callable[[Any], jax.Array] = _as_it_is,
+) -> tuple[Any, tuple[jax.Array, ...]]:
     """Apply blocks 1..stop to the tokens and return the tokens after some of them.
 
     Args:
       block: `block(params_of_one, x, condition) -> x`, pure.
       params: tree of arrays with a leading axis of `depth`.
-      x: tokens (B,N,D).
+      x: tokens (B,N,D), or a tree of such.
       condition: what every block sees (B,D).
       depth: number of blocks in `params`.
       taps: ascending block numbers in 1..stop.
       stop: number of blocks to run; the parameters of later blocks are not read.
       remat: a key of `REMAT_POLICIES`.
       placement: where tokens and the parameters of a block lie.
+      tapped: which of the tokens a tap gives.
 
     Returns:
-      The tokens after block `stop` and a tuple of the tokens after each tap, (B,N,D) each.
+      The tokens after block `stop` and a tuple of the tapped tokens after each tap, (B,N,D) each.
     """
 
-    def placed(params: Any, x: jax.Array, condition: jax.Array) -> jax.Array:
-        return placement.rows(block(placement.block(params), x, condition))
+    def placed(params: Any, x: Any, condition: jax.Array) -> Any:
+        return jax.tree.map(placement.rows, block(placement.block(params), x, condition))
 
     run = _saving(placed, remat, placement)
     if stop < depth:
-        return _run_part(run, params, x, condition, taps, stop)
+        return _run_part(run, params, x, condition, taps, stop, tapped)
 
     # One scan over the whole depth: cutting it at the taps would slice, and so copy, the stacked parameters and their
     # gradients. The tokens at a tap travel in the carry instead.
-    def body(carry: tuple[jax.Array, tuple[jax.Array, ...]], item: tuple[jax.Array, Any]):
-        x, tapped = carry
+    def body(carry: tuple[Any, tuple[jax.Array, ...]], item: tuple[jax.Array, Any]):
+        x, features = carry
         number, params = item
         x = run(params, x, condition)
-        return (x, tuple(jnp.where(number == tap, x, old) for tap, old in zip(taps, tapped, strict=True))), None
+        new = tuple(jnp.where(number == tap, tapped(x), old) for tap, old in zip(taps, features, strict=True))
+        return (x, new), None
 
-    carry = (x, tuple(jnp.zeros_like(x) for _ in taps))
+    carry = (x, tuple(jnp.zeros_like(tapped(x)) for _ in taps))
     items = (jnp.arange(1, depth + 1), params)
     if remat == "full":
-        (x, tapped), _ = _scan_in_segments(body, carry, items, depth)
+        (x, features), _ = _scan_in_segments(body, carry, items, depth)
     else:
-        (x, tapped), _ = jax.lax.scan(body, carry, items)
-    return x, tapped
+        (x, features), _ = jax.lax.scan(body, carry, items)
+    return x, features
 
 
 def segment_count(depth: int) -> int:
@@ -130,18 +132,19 @@ def _all_but_placed(primitive: Any, *_: Any, **__: Any) -> bool:
 
 
 def _run_part(
-    block: Block, params: Any, x: jax.Array, condition: jax.Array, taps: tuple[int, ...], stop: int
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    block: Block, params: Any, x: Any, condition: jax.Array, taps: tuple[int, ...], stop: int,
+    tapped: Callable[[Any], jax.Array],
+) -> tuple[Any, tuple[jax.Array, ...]]:
     """Blocks 1..stop by index into the whole stack: no copy of the part of the parameters that is used."""
 
-    def body(index: jax.Array, x: jax.Array) -> jax.Array:
+    def body(index: jax.Array, x: Any) -> Any:
         one = jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, index, keepdims=False), params)
         return block(one, x, condition)
 
-    tapped = []
+    features = []
     start = 0
     for tap in taps:
         x = jax.lax.fori_loop(start, tap, body, x)
-        tapped.append(x)
+        features.append(tapped(x))
         start = tap
-    return jax.lax.fori_loop(start, stop, body, x), tuple(tapped)
+    return jax.lax.fori_loop(start, stop, body, x), tuple(features)

@@ -119,12 +119,12 @@ def patchify(x: jax.Array, patch: int) -> jax.Array:
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, patch * patch * channels)
 
 
-def unpatchify(tokens: jax.Array, patch: int) -> jax.Array:
-    """The inverse of `patchify` for square latents: (B,N,patch*patch*C) -> (B,H,W,C)."""
+def unpatchify(tokens: jax.Array, patch: int, grid: tuple[int, int] | None = None) -> jax.Array:
+    """The inverse of `patchify`: (B,N,patch*patch*C) -> (B,H,W,C); `grid` rows and columns of tokens, or a square."""
     batch, count, features = tokens.shape
-    grid = round(count**0.5)
-    x = tokens.reshape(batch, grid, grid, patch, patch, features // patch**2)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, grid * patch, grid * patch, -1)
+    rows, columns = grid or (round(count**0.5),) * 2
+    x = tokens.reshape(batch, rows, columns, patch, patch, features // patch**2)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * patch, columns * patch, -1)
 
 
 class TimeEmbedding(nnx.Module):

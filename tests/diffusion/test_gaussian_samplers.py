@@ -13,7 +13,7 @@ from sra_jax.diffusion.guidance import Guidance
 from sra_jax.errors import UserError
 
 MEAN, STD = 1.5, 0.6
-UNGUIDED = Guidance(null_label=10)
+UNGUIDED = Guidance(null=10)
 
 
 def exact_denoiser(process: GaussianDiffusion):
@@ -132,7 +132,7 @@ def recording_denoiser(calls: list, channels_out: int):
 @pytest.mark.parametrize("sampler", [ddpm, ddim])
 def test_network_sees_original_timesteps_and_guides_in_the_interval_only(sampler):
     calls: list = []
-    guidance = Guidance(null_label=7, scale=2.0, low=222, high=555)
+    guidance = Guidance(null=7, scale=2.0, low=222, high=555)
     start, labels = jnp.ones((2, 1, 1, 1)), jnp.array([3, 4], jnp.int32)
     run = jax.jit(
         lambda x, y: sampler(
@@ -153,7 +153,7 @@ def test_network_sees_original_timesteps_and_guides_in_the_interval_only(sampler
 def test_guidance_leaves_the_variance_to_the_conditional_branch(guided_channels, expected):
     """With a network that predicts its label: noise w y + (1 - w) null where guided, variance code always y."""
     process = GaussianDiffusion()
-    guidance = Guidance(null_label=7, scale=2.0, channels=guided_channels)
+    guidance = Guidance(null=7, scale=2.0, channels=guided_channels)
     start, labels = jnp.full((1, 1, 1, 4), 0.5), jnp.array([3], jnp.int32)
     unit = jnp.ones((1, 1, 1, 4))
     noisy, quiet = (
@@ -199,8 +199,8 @@ def test_state_is_float32_whatever_the_network_computes_in():
         (ddim, {"steps": "ddim300"}, "ddim250 or ddim334"),
         (ddim, {"steps": 10, "eta": 1.5}, "eta=1.5 is out of range"),
         (ddim, {"steps": 10, "eta": float("nan")}, "eta=nan is out of range"),
-        (ddpm, {"steps": 10, "guidance": Guidance(null_label=7, scale=2.0, channels=5)}, "1 .. 4, or None"),
-        (ddpm, {"steps": 10, "guidance": Guidance(null_label=7, scale=2.0, channels=0)}, "1 .. 4, or None"),
+        (ddpm, {"steps": 10, "guidance": Guidance(null=7, scale=2.0, channels=5)}, "1 .. 4, or None"),
+        (ddpm, {"steps": 10, "guidance": Guidance(null=7, scale=2.0, channels=0)}, "1 .. 4, or None"),
     ],
 )
 def test_impossible_options_are_refused_before_the_network_runs(sampler, options, message):
