@@ -7,10 +7,18 @@ from ml_collections import ConfigDict
 
 from sra_jax.config.keys import DTYPES, EMA_SCHEDULES, LEARNING_RATE_SCHEDULES, default, flatten
 from sra_jax.config.limits import check_numbers, check_sizes
-from sra_jax.config.objects import alignment_of, guidance_interval, mesh_shape, process_of, sampler_of
+from sra_jax.config.objects import (
+    guidance_interval,
+    mesh_shape,
+    methods_of,
+    process_of,
+    sampler_of,
+    transformer_of,
+)
 from sra_jax.diffusion.process import Process
 from sra_jax.diffusion.registry import PROCESSES, SAMPLERS, process_defaults
 from sra_jax.errors import UserError
+from sra_jax.methods.registry import names_of
 from sra_jax.models.stack import REMAT_POLICIES
 
 
@@ -31,9 +39,9 @@ def check(config: ConfigDict, device_count: int = 1) -> None:
     _check_model(config)
     _check_schedules(config)
     process = process_of(config)
-    alignment = alignment_of(config)
-    if alignment is not None:
-        alignment.check(config.model.depth)
+    methods_of(config).check(
+        config.process.name, transformer_of(config), config.batch_size, config.batch_size // config.accumulation
+    )
     _check_sampling(config, process)
 
 
@@ -51,6 +59,7 @@ def _check_keys(config: ConfigDict) -> None:
     for sampler in SAMPLERS.values():
         if sampler.process == config.process.name:
             expected.sampling.update(sampler.options)
+    names_of(config.method.name)  # raises
     given, known = dict(flatten(config)), dict(flatten(expected))
     for key in given.keys() - known.keys():
         close = difflib.get_close_matches(key, known, n=1)

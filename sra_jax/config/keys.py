@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from sra_jax.diffusion.registry import process_defaults
+from sra_jax.methods.registry import METHODS
+from sra_jax.methods.registry import defaults as method_defaults
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 LEARNING_RATE_SCHEDULES = ("constant", "cosine")
@@ -66,8 +68,12 @@ def default() -> ConfigDict:
                 "name": "interpolant",  # the family: interpolant (SiT) or gaussian (DiT); each has its own other keys
                 **process_defaults("interpolant"),
             },
+            "method": {
+                "name": "sra",  # what is added to the denoising loss: none, a method, or a sum such as sra+dispersive
+                **{name: method_defaults(name) for name in METHODS if not METHODS[name].section},
+            },
             "alignment": {
-                "enabled": True,  # False trains the baseline; no teacher is run
+                "enabled": True,  # False takes SRA out of the methods; alone, it trains the baseline
                 "student_block": 3,  # m, the student's block, counted from 1
                 "teacher_block": 8,  # n >= m, the teacher's block; it runs blocks 1..n only
                 "distance": "smooth_l1",  # smooth_l1, l1, l2, cosine, cosine_tokens

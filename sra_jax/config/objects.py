@@ -12,8 +12,8 @@ from sra_jax.diffusion.guidance import Guidance
 from sra_jax.diffusion.process import Process
 from sra_jax.diffusion.registry import PROCESSES, SAMPLERS, Sampler
 from sra_jax.errors import UserError
-from sra_jax.methods.sra import Alignment
-from sra_jax.models.flops import StepFlops, head_flops, train_step_flops
+from sra_jax.methods.registry import NONE, Methods, build, names_of
+from sra_jax.models.flops import StepFlops, train_step_flops
 from sra_jax.models.transformer import TransformerConfig
 
 
@@ -40,10 +40,19 @@ def sampler_of(config: ConfigDict) -> Sampler:
     return SAMPLERS[config.sampling.sampler]
 
 
-def alignment_of(config: ConfigDict) -> Alignment | None:
-    """What is aligned, or None for the baseline."""
-    options = config.alignment.to_dict()
-    return Alignment(**options) if options.pop("enabled") else None
+def method_names(config: ConfigDict) -> tuple[str, ...]:
+    """The methods that a run trains with; `alignment.enabled=False` takes SRA out of them."""
+    return tuple(name for name in names_of(config.method.name) if name != "sra" or config.alignment.enabled)
+
+
+def methods_of(config: ConfigDict) -> Methods:
+    """The methods with their keys, as one."""
+    names = method_names(config)
+    keys = {name: config.method[name].to_dict() for name in names if name != "sra"}
+    if "sra" in names:
+        keys["sra"] = config.alignment.to_dict()
+        del keys["sra"]["enabled"]
+    return build("+".join(names) or NONE, keys)
 
 
 def transformer_of(config: ConfigDict) -> TransformerConfig:
@@ -82,11 +91,13 @@ def guidance_of(config: ConfigDict) -> Guidance:
 
 def step_flops(config: ConfigDict) -> StepFlops:
     """Analytic floating-point operations of one training step of the whole batch."""
-    shape, alignment = transformer_of(config), alignment_of(config)
-    if alignment is None:
-        return train_step_flops(shape, config.batch_size)
-    head = head_flops(shape) if alignment.head else 0.0
-    return train_step_flops(shape, config.batch_size, alignment.teacher_block, head)
+    shape, methods = transformer_of(config), methods_of(config)
+    teaching = methods.teaching
+    return train_step_flops(
+        shape, config.batch_size, head=methods.head_flops(shape), groups=methods.groups,
+        teacher_blocks=methods.teacher_taps[-1] if teaching else None,
+        teacher_groups=teaching.teacher_groups if teaching else 1,
+    )  # fmt: skip
 
 
 def fewest_devices(config: ConfigDict) -> int:

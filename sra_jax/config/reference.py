@@ -17,13 +17,16 @@ from sra_jax.config import keys
 from sra_jax.config.keys import FREE_KEYS, default, flatten
 from sra_jax.config.limits import RANGES
 from sra_jax.diffusion.registry import PROCESSES, SAMPLERS, process_defaults
+from sra_jax.methods.registry import METHODS
+from sra_jax.methods.registry import defaults as method_defaults
 
 GROUPS = {
     "": "The run",
     "data": "The training set",
     "model": "The network",
     "process": "The noise process",
-    "alignment": "Self-representation alignment",
+    "method": "What is added to the denoising loss",
+    "alignment": "Self-representation alignment, the keys of `sra`",
     "optimizer": "The optimizer: AdamW",
     "ema": "The EMA: the teacher, and what is sampled",
     "sampling": "Sampling: previews, and the defaults of the tools",
@@ -66,7 +69,8 @@ def markdown() -> str:
     parts = [HEAD]
     config, comments = default().to_dict(), comments_of_defaults()
     values = dict(flatten(default()))
-    if silent := {key for key in values if key.partition(".")[0] != "process"} - comments.keys():
+    elsewhere = ("process.", *(f"method.{name}." for name in METHODS))  # what their classes say
+    if silent := {key for key in values if not key.startswith(elsewhere)} - comments.keys():
         raise LookupError(f"{', '.join(sorted(silent))}: not in the table of sra_jax.config.keys.default()")
     groups = ["", *(name for name, value in config.items() if isinstance(value, dict))]
     for group in sorted(groups, key=lambda name: list(GROUPS).index(name) if name in GROUPS else len(GROUPS)):
@@ -74,6 +78,8 @@ def markdown() -> str:
         parts.append(_section(f"## {GROUPS.get(group, group)}", rows))
         if group == "process":
             parts += _process_sections()
+        if group == "method":
+            parts += _method_sections()
         if group == "sampling":
             parts += _sampler_sections()
     return "\n".join(parts)
@@ -93,6 +99,14 @@ def _process_sections() -> Iterator[str]:
         meanings = attributes(process)
         rows = [Key(f"process.{key}", value, meanings[key]) for key, value in process_defaults(name).items()]
         yield _section(f"### With `process.name={name}`", rows)
+
+
+def _method_sections() -> Iterator[str]:
+    for name, method in METHODS.items():
+        if not method.section:
+            meanings = attributes(method)
+            rows = [Key(f"method.{name}.{key}", value, meanings[key]) for key, value in method_defaults(name).items()]
+            yield _section(f"### With `{name}` in `method.name`", rows)
 
 
 def _sampler_sections() -> Iterator[str]:

@@ -8,13 +8,26 @@ from ml_collections import ConfigDict
 
 from sra_jax.config.keys import FREE_KEYS, default, flatten
 from sra_jax.config.limits import local_paths
+from sra_jax.config.objects import method_names
 from sra_jax.diffusion.registry import process_defaults
 from sra_jax.errors import UserError
+from sra_jax.methods.registry import NONE, names_of
 
 
 def to_json(config: ConfigDict) -> str:
-    """The config as JSON; tuples become lists, `from_json` restores them."""
-    return json.dumps(config.to_dict(), indent=2)
+    """The config as JSON, without the keys of methods that it does not name; tuples become lists.
+
+    `from_json` restores both.
+    """
+    return json.dumps(as_read(config), indent=2)
+
+
+def as_read(config: ConfigDict) -> dict[str, Any]:
+    """The config as nested dicts, without the keys of methods that it does not name: nothing reads them."""
+    values = config.to_dict()
+    named = names_of(config.method.name)
+    values["method"] = {key: value for key, value in values["method"].items() if key == "name" or key in named}
+    return values
 
 
 def from_json(text: str) -> ConfigDict:
@@ -32,7 +45,8 @@ def from_json(text: str) -> ConfigDict:
     with config.unlocked():
         for key, value in saved.items():
             if isinstance(value, dict) and key in config:
-                config[key].update(value)
+                with config[key].ignore_type():
+                    config[key].update(value)
             else:
                 config[key] = value
     return config.lock()
@@ -51,7 +65,7 @@ def readable(config: ConfigDict) -> str:
         text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
         return text or "''"
 
-    leaves = dict(flatten(config))
+    leaves = dict(flatten(ConfigDict(as_read(config))))
     longest = max(map(len, leaves))
     lines = []
     group = ""
@@ -80,9 +94,20 @@ def read(path: Path) -> ConfigDict:
         raise UserError(f"{path} is not a saved config: {error}") from error
 
 
+def _comparable(config: ConfigDict) -> dict[str, Any]:
+    """What two configs are compared by: the keys that something reads, the methods in one order."""
+    values = as_read(config)
+    values["method"]["name"] = "+".join(method_names(config)) or NONE
+    if "sra" not in method_names(config):
+        values["alignment"] = {}
+    else:
+        del values["alignment"]["enabled"]
+    return values
+
+
 def differences(saved: ConfigDict, given: ConfigDict) -> list[str]:
     """Keys in which two configs differ so that a run of one cannot continue as the other: `key: saved -> given`."""
-    old, new = dict(flatten(saved)), dict(flatten(given))
+    old, new = (dict(flatten(ConfigDict(_comparable(config)))) for config in (saved, given))
     scheduled = given.optimizer.schedule != "constant" or given.ema.schedule != "constant"
     free = FREE_KEYS[3:] if scheduled else FREE_KEYS
 

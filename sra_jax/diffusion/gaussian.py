@@ -178,6 +178,11 @@ class GaussianDiffusion:
         """max(t - offset, teacher_time_min) for student times t (B,) and offsets >= 0 (B,), both int32."""
         return jnp.clip(t - offset, self.teacher_time_min, self.num_steps - 1)
 
+    def signal_to_noise(self, t: jax.Array) -> jax.Array:
+        """alpha_bar / (1 - alpha_bar) at integer times of any shape."""
+        tables = self.coefficients
+        return jnp.asarray(np.square(tables.sqrt_alphas_cumprod / tables.sqrt_one_minus_alphas_cumprod))[t]
+
     def perturb(self, x0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
         """x_t (B,H,W,C) float32 of clean latents and standard normal noise (B,H,W,C) at t (B,): DDPM equation 4."""
         tables = self.coefficients

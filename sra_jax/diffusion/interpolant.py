@@ -35,6 +35,7 @@ class Interpolant:
     time_distribution: str = "uniform"
 
     time_extent: ClassVar[float] = 1.0
+    teacher_time_min: ClassVar[float] = 0.0
 
     def __post_init__(self):
         if self.path not in PATHS:
@@ -56,7 +57,7 @@ class Interpolant:
         return jax.nn.sigmoid(jax.random.normal(key, (batch,)))
 
     def teacher_time(self, key: jax.Array, t: jax.Array, interval: tuple[float, float]) -> jax.Array:
-        """s = max(t - k, 0) with k ~ U[low, high) for each t (B,); low = high fixes k."""
+        """s = max(t - k, 0) with k ~ U[low, high) for each t, of any shape; low = high fixes k."""
         low, high = interval
         offset = low + (high - low) * jax.random.uniform(key, t.shape)
         return jnp.maximum(t - offset, 0.0)
@@ -69,8 +70,13 @@ class Interpolant:
         alpha, sigma = jnp.cos(angle), jnp.sin(angle)
         return alpha, sigma, -np.pi / 2 * sigma, np.pi / 2 * alpha
 
+    def signal_to_noise(self, t: jax.Array) -> jax.Array:
+        """alpha^2 / sigma^2 at times of any shape; infinite at t = 0."""
+        alpha, sigma, _, _ = self.coefficients(t)
+        return jnp.square(alpha / sigma)
+
     def perturb(self, x0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
-        """x_t = alpha_t x0 + sigma_t noise, (B,H,W,C)."""
+        """x_t = alpha_t x0 + sigma_t noise, (B,H,W,C), for times (B,) or (B,H,W)."""
         alpha, sigma, _, _ = self.coefficients(expand(t, x0))
         return alpha * x0 + sigma * noise
 

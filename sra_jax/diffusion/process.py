@@ -15,6 +15,9 @@ class Process(Protocol):
     time_extent: float
     """The noisiest time, to which fractions of the time range refer: 1 for a flow, the number of steps for DDPM."""
 
+    teacher_time_min: float
+    """The least noisy time that a teacher is shown; a student below it may meet a noisier teacher."""
+
     def output_channels(self, channels: int) -> int:
         """Channels that the network predicts for latents of `channels` channels."""
 
@@ -22,11 +25,14 @@ class Process(Protocol):
         """Training times (batch,), float32 or int32."""
 
     def teacher_time(self, key: jax.Array, t: jax.Array, interval: tuple[float, float]) -> jax.Array:
-        """A less noisy time s <= t for each t (B,): t minus a uniform draw from `interval`, a fraction of the whole
-        time range, truncated at the least noisy time."""
+        """A less noisy time s <= t for each t, of any shape: t minus a uniform draw from `interval`, a fraction of
+        the whole time range, truncated at the least noisy time."""
+
+    def signal_to_noise(self, t: jax.Array) -> jax.Array:
+        """alpha^2 / sigma^2 of x_t = alpha x0 + sigma noise at times of any shape; infinite without noise."""
 
     def perturb(self, x0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
-        """x_t (B,H,W,C) of clean latents x0 and standard normal noise."""
+        """x_t (B,H,W,C) of clean latents x0 and standard normal noise; flows also take times (B,H,W)."""
 
     def loss(self, prediction: jax.Array, x0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
         """The denoising loss of each example (B,) float32, from the network's prediction (B,H,W,C_out) at x_t."""

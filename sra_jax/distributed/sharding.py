@@ -33,8 +33,11 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"(patch_embedding|context_embedding|(time|pooled)_embedding/\w+)/kernel", P(None, "fsdp")),
     (r"label_embedding/embedding", P(None, "fsdp")),
     (r"final/\w+/kernel", P("fsdp", None)),
+    # the heads of methods (names that end in head, and a number where there are several)
     (r"head/hidden/kernel", P("fsdp", None)),
     (r"head/out/kernel", P(None, "fsdp")),
+    (r"head(_\d+)?/layers/\d+/kernel", P("fsdp", None)),
+    (r"head(_\d+)?/convolution/kernel", P(None, None, "fsdp", None)),
     (r"^modulation$", P("data", "fsdp")),  # (B, 6D), as it is made
     (r"bias", P()),  # small: whole on every device
 )

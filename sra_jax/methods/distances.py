@@ -39,7 +39,7 @@ DISTANCES = ("smooth_l1", "l1", "l2", "cosine", "cosine_tokens")
 computes under the name of cosine."""
 
 
-def mean_distance(name: str, student: jax.Array, target: jax.Array, beta: float) -> jax.Array:
+def mean_distance(name: str, student: jax.Array, target: jax.Array, beta: float = 0.05) -> jax.Array:
     """The mean over tokens of a distance, in float32; no gradient flows into the target.
 
     Args:

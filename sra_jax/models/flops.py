@@ -12,14 +12,14 @@ from sra_jax.models.transformer import TIME_FREQUENCIES, TransformerConfig
 Shape = TransformerConfig | MMDiTConfig
 
 
-def block_flops(shape: TransformerConfig) -> float:
-    """Forward pass of one block for one example."""
+def block_flops(shape: TransformerConfig, groups: int = 1) -> float:
+    """Forward pass of one block for one example, whose tokens have times in so many groups."""
     tokens, width = shape.tokens, shape.width
     hidden = int(width * shape.mlp_ratio)
     projections = 2 * tokens * width * (3 * width + width)  # query, key, value; output
     attention = 2 * 2 * tokens**2 * width  # scores; weighted sum
     mlp = 2 * 2 * tokens * width * hidden
-    modulation = 2 * width * 6 * width
+    modulation = groups * 2 * width * 6 * width
     return projections + attention + mlp + modulation
 
 
@@ -34,31 +34,27 @@ def joint_block_flops(shape: MMDiTConfig, *, last: bool = False) -> float:
     return (text + image) * entrance + (image if last else text + image) * rest + attention + modulation
 
 
-def input_flops(shape: Shape) -> float:
+def input_flops(shape: Shape, groups: int = 1) -> float:
     """The layers whose input is data, so that no gradient goes below them: of patches, the time and the caption."""
-    patches = 2 * shape.tokens * shape.patch**2 * shape.channels * shape.width + 2 * TIME_FREQUENCIES * shape.width
+    of_time = groups * 2 * TIME_FREQUENCIES * shape.width
+    patches = 2 * shape.tokens * shape.patch**2 * shape.channels * shape.width + of_time
     if isinstance(shape, TransformerConfig):
         return patches
     return patches + 2 * (shape.context_length + shape.pooled) * shape.context_width * shape.width
 
 
-def forward_flops(shape: Shape, stop: int | None = None) -> float:
+def forward_flops(shape: Shape, stop: int | None = None, groups: int = 1) -> float:
     """Forward pass for one example: all of it, or the embeddings and blocks 1..stop."""
     width, blocks = shape.width, shape.depth if stop is None else stop
-    result = input_flops(shape) + 2 * width * width
+    result = input_flops(shape, groups) + groups * 2 * width * width
     if isinstance(shape, TransformerConfig):
-        result += blocks * block_flops(shape)
+        result += blocks * block_flops(shape, groups)
     else:
         result += 2 * shape.pooled * width * width + min(blocks, shape.depth - 1) * joint_block_flops(shape)
         result += joint_block_flops(shape, last=True) if blocks == shape.depth else 0.0
     if stop is None:
-        result += 2 * width * 2 * width + 2 * shape.tokens * width * shape.patch**2 * shape.output_channels
+        result += groups * 2 * width * 2 * width + 2 * shape.tokens * width * shape.patch**2 * shape.output_channels
     return result
-
-
-def head_flops(shape: Shape) -> float:
-    """Forward pass of the projection head D -> 2D -> D for one example."""
-    return 2 * 2 * shape.tokens * shape.width * 2 * shape.width
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +63,7 @@ class StepFlops:
 
     Attributes:
       student: forward and backward pass, the backward pass being twice the forward pass, but for `input_flops`.
-      head: the projection head's, forward and backward.
+      head: the methods' heads, forward and backward.
       teacher: forward pass of blocks 1..n.
     """
 
@@ -82,7 +78,8 @@ class StepFlops:
 
 
 def train_step_flops(
-    shape: Shape, batch_size: int, teacher_blocks: int | None = None, head: float = 0.0
+    shape: Shape, batch_size: int, teacher_blocks: int | None = None, head: float = 0.0, groups: int = 1,
+    teacher_groups: int = 1,
 ) -> StepFlops:
     """One training step.
 
@@ -91,7 +88,8 @@ def train_step_flops(
       batch_size: examples.
       teacher_blocks: how many blocks the teacher runs; None: there is no teacher.
       head: forward pass of the method's heads for one example.
+      groups, teacher_groups: times of an example, the student's and the teacher's.
     """
-    student = 3 * forward_flops(shape) - input_flops(shape)
-    teacher = 0.0 if teacher_blocks is None else forward_flops(shape, teacher_blocks)
+    student = 3 * forward_flops(shape, groups=groups) - input_flops(shape, groups)
+    teacher = 0.0 if teacher_blocks is None else forward_flops(shape, teacher_blocks, teacher_groups)
     return StepFlops(batch_size * student, batch_size * 3 * head, batch_size * teacher)

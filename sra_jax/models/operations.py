@@ -82,39 +82,42 @@ def settled(x: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def attend(qkv: jax.Array, precision: Precision) -> jax.Array:
+def attend(qkv: jax.Array, precision: Precision, segments: jax.Array | None = None) -> jax.Array:
     """softmax(q k^T / sqrt(d)) v over tokens, for each head.
 
     Args:
       qkv: queries, keys and values (B,N,3,H,d).
       precision: of the products, whose results are float32, as the softmax is.
+      segments: (B,N) int: a token sees those of its own number only; None: it sees all.
 
     Returns:
       (B,N,H,d) in the type of `qkv`.
     """
     q, k, v = _heads_first(qkv)
-    weights = _weights(q, k, precision)
+    weights = _weights(q, k, segments, precision)
     mixed = _einsum("bhqk,bhkd->bhqd", weights.astype(v.dtype), v, precision)
     # Divided after the product with v, N/d times fewer divisions; on the CPU this also keeps the compiler from fusing
     # the whole into one slow loop.
     return jnp.moveaxis((mixed / weights.sum(axis=-1, keepdims=True)).astype(v.dtype), 1, 2)
 
 
-def _attend_forward(qkv: jax.Array, precision: Precision) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    output = checkpoint_name(attend(qkv, precision), ATTENTION)
-    return output, (qkv, output)
+def _attend_forward(
+    qkv: jax.Array, precision: Precision, segments: jax.Array | None = None
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array | None, jax.Array]]:
+    output = checkpoint_name(attend(qkv, precision, segments), ATTENTION)
+    return output, (qkv, segments, output)
 
 
 def _attend_backward(
-    precision: Precision, saved: tuple[jax.Array, jax.Array], gradient: jax.Array
-) -> tuple[jax.Array]:
+    precision: Precision, saved: tuple[jax.Array, jax.Array | None, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, None]:
     """As in FlashAttention (Dao et al., arXiv 2205.14135, section B.2): the weights w again, the output not.
 
     With o = w v / z and z the sum of w over keys, the gradient of a score is w (g v^T - (g . o)) / z.
     """
-    qkv, output = saved
+    qkv, segments, output = saved
     q, k, v = _heads_first(qkv)
-    weights = _weights(q, k, precision)
+    weights = _weights(q, k, segments, precision)
     gradient, output = (jnp.moveaxis(x, 2, 1).astype(jnp.float32) for x in (gradient, output))
     gradient = gradient / weights.sum(axis=-1, keepdims=True)
     along_output = (gradient * output).sum(axis=-1, keepdims=True)
@@ -125,7 +128,7 @@ def _attend_backward(
     of_q = _einsum("bhqk,bhkd->bhqd", of_scores, k, precision)
     of_k = _einsum("bhqk,bhqd->bhkd", of_scores, q, precision)
     parts = [jnp.moveaxis(x.astype(qkv.dtype), 1, 2) for x in (of_q, of_k, of_v)]
-    return (settled(jnp.stack(parts, axis=2)),)
+    return settled(jnp.stack(parts, axis=2)), None
 
 
 attend.defvjp(_attend_forward, _attend_backward)
@@ -136,9 +139,12 @@ def _heads_first(qkv: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(jnp.moveaxis(qkv, (2, 3), (0, 2)))
 
 
-def _weights(q: jax.Array, k: jax.Array, precision: Precision) -> jax.Array:
-    """Softmax before its division, float32: 1 at the largest score of a query."""
+def _weights(q: jax.Array, k: jax.Array, segments: jax.Array | None, precision: Precision) -> jax.Array:
+    """Softmax before its division, float32: 1 at the largest score of a query, 0 at keys of other segments."""
     scores = _einsum("bhqd,bhkd->bhqk", q, k, precision)
+    if segments is not None:
+        seen = segments[:, None, :, None] == segments[:, None, None, :]  # (B,1,N,N)
+        scores = jnp.where(seen, scores, -jnp.inf)  # a token sees itself, so the largest score is finite
     return jnp.exp((scores - scores.max(axis=-1, keepdims=True)) * q.shape[-1] ** -0.5)
 
 

@@ -23,7 +23,7 @@ REMAT_POLICIES = {
 scores), and two numbers a token for each norm; each block's input only; the input of about sqrt(depth) segments of
 blocks only, which costs a third forward pass."""
 
-Block = Callable[[Any, Any, jax.Array], Any]
+Block = Callable[[Any, Any, Any], Any]
 
 
 def _as_it_is(x: Any) -> Any:
@@ -56,7 +56,7 @@ ANYWHERE = Placement()
 
 
 def run_stack(
-    block: Block, params: Any, x: Any, condition: jax.Array, *, depth: int, taps: tuple[int, ...], stop: int,
+    block: Block, params: Any, x: Any, condition: Any, *, depth: int, taps: tuple[int, ...], stop: int,
     remat: str, placement: Placement = ANYWHERE, tapped: Callable[[Any], jax.Array] = _as_it_is,
 ) -> tuple[Any, tuple[jax.Array, ...]]:
     """Apply blocks 1..stop to the tokens and return the tokens after some of them.
@@ -65,7 +65,7 @@ def run_stack(
       block: `block(params_of_one, x, condition) -> x`, pure.
       params: tree of arrays with a leading axis of `depth`.
       x: tokens (B,N,D), or a tree of such.
-      condition: what every block sees (B,D).
+      condition: what every block sees, a tree of arrays.
       depth: number of blocks in `params`.
       taps: ascending block numbers in 1..stop.
       stop: number of blocks to run; the parameters of later blocks are not read.
@@ -77,7 +77,7 @@ def run_stack(
       The tokens after block `stop` and a tuple of the tapped tokens after each tap, (B,N,D) each.
     """
 
-    def placed(params: Any, x: Any, condition: jax.Array) -> Any:
+    def placed(params: Any, x: Any, condition: Any) -> Any:
         return jax.tree.map(placement.rows, block(placement.block(params), x, condition))
 
     run = _saving(placed, remat, placement)
@@ -132,7 +132,7 @@ def _all_but_placed(primitive: Any, *_: Any, **__: Any) -> bool:
 
 
 def _run_part(
-    block: Block, params: Any, x: Any, condition: jax.Array, taps: tuple[int, ...], stop: int,
+    block: Block, params: Any, x: Any, condition: Any, taps: tuple[int, ...], stop: int,
     tapped: Callable[[Any], jax.Array],
 ) -> tuple[Any, tuple[jax.Array, ...]]:
     """Blocks 1..stop by index into the whole stack: no copy of the part of the parameters that is used."""

@@ -87,8 +87,56 @@ def layer_norm(x: jax.Array) -> jax.Array:
 
 
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
-    """x (B,N,D) scaled by 1 + scale (B,D) and shifted by shift (B,D)."""
-    return x * (1 + scale[:, None]) + shift[:, None]
+    """x (B,N,D) scaled by 1 + scale and shifted by shift, which broadcast to x."""
+    return x * (1 + scale) + shift
+
+
+FEW_GROUPS = 4
+"""Up to so many groups a token's values are selected, which fuses with what uses them; beyond, they are gathered."""
+
+
+def by_token(values: jax.Array, groups: jax.Array | None) -> jax.Array:
+    """Each token's values out of those of its example's groups.
+
+    Args:
+      values: (B*G,D), the groups of an example in a row.
+      groups: (B,N) int, the group of each token in 0..G-1; None: one group an example.
+
+    Returns:
+      (B,N,D), or (B,1,D) where there is one group.
+    """
+    if groups is None:
+        return values[:, None]
+    values = values.reshape(groups.shape[0], -1, values.shape[-1])  # (B,G,D)
+    if values.shape[1] > FEW_GROUPS:
+        return jnp.take_along_axis(values, groups[..., None], axis=1)
+    chosen = values[:, :1]
+    for group in range(1, values.shape[1]):
+        chosen = jnp.where((groups == group)[..., None], values[:, group, None], chosen)
+    return jnp.broadcast_to(chosen, (*groups.shape, values.shape[-1]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Condition:
+    """What every block sees of an example beside its tokens.
+
+    Attributes:
+      vector: SiLU of the conditioning vector of each group, (B*G,D), the groups of an example in a row.
+      groups: (B,N) int, the group of each token; None: one group an example.
+      separate: whether a token attends to the tokens of its own group only.
+    """
+
+    vector: jax.Array
+    groups: jax.Array | None = None
+    separate: bool = False
+
+    @property
+    def segments(self) -> jax.Array | None:
+        """(B,N) int of attention: tokens of unequal numbers do not see each other; None: all do."""
+        return self.groups if self.separate else None
+
+
+jax.tree_util.register_dataclass(Condition, data_fields=["vector", "groups"], meta_fields=["separate"])
 
 
 def position_table(width: int, grid: int) -> np.ndarray:
@@ -139,7 +187,7 @@ class TimeEmbedding(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention (B,N,D) -> (B,N,D); softmax in float32."""
+    """Multi-head self-attention (B,N,D) -> (B,N,D), within segments (B,N) where they are given; softmax in float32."""
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs, placement: Placement = ANYWHERE):
         self.config = config
@@ -151,8 +199,8 @@ class Attention(nnx.Module):
         self.qkv = nnx.LinearGeneral(config.width, (3, config.heads, head_width), rngs=rngs, **options)
         self.out = nnx.LinearGeneral((config.heads, head_width), config.width, axis=(-2, -1), rngs=rngs, **options)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.out(operations.attend(self.qkv(x), self.config.precision))
+    def __call__(self, x: jax.Array, segments: jax.Array | None = None) -> jax.Array:
+        return self.out(operations.attend(self.qkv(x), self.config.precision, segments))
 
 
 class MLP(nnx.Module):
@@ -176,12 +224,14 @@ class Block(nnx.Module):
         self.mlp = MLP(config, rngs=rngs, placement=placement)
         self.modulation = linear(config, config.width, 6 * config.width, rngs, zeros)
 
-    def __call__(self, x: jax.Array, condition: jax.Array) -> jax.Array:
-        """x (B,N,D) float32 and SiLU of the condition (B,D) -> (B,N,D) float32."""
-        modulation = self.placement.modulation(self.modulation(condition)).astype(jnp.float32)
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)
-        x = x + gate_a[:, None] * self.attention(modulate(layer_norm(x), shift_a, scale_a))
-        return x + gate_m[:, None] * self.mlp(modulate(layer_norm(x), shift_m, scale_m))
+    def __call__(self, x: jax.Array, condition: Condition) -> jax.Array:
+        """x (B,N,D) float32 -> (B,N,D) float32. The modulation is computed once a group and selected a token."""
+        modulation = self.placement.modulation(self.modulation(condition.vector)).astype(jnp.float32)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (
+            by_token(part, condition.groups) for part in jnp.split(modulation, 6, axis=-1)
+        )
+        x = x + gate_a * self.attention(modulate(layer_norm(x), shift_a, scale_a), condition.segments)
+        return x + gate_m * self.mlp(modulate(layer_norm(x), shift_m, scale_m))
 
 
 class FinalLayer(nnx.Module):
@@ -191,8 +241,9 @@ class FinalLayer(nnx.Module):
         self.modulation = linear(config, config.width, 2 * config.width, rngs, zeros)
         self.linear = linear(config, config.width, config.patch**2 * config.output_channels, rngs, zeros)
 
-    def __call__(self, x: jax.Array, condition: jax.Array) -> jax.Array:
-        shift, scale = jnp.split(self.modulation(condition).astype(jnp.float32), 2, axis=-1)
+    def __call__(self, x: jax.Array, condition: Condition) -> jax.Array:
+        modulation = self.modulation(condition.vector).astype(jnp.float32)
+        shift, scale = (by_token(part, condition.groups) for part in jnp.split(modulation, 2, axis=-1))
         return self.linear(modulate(layer_norm(x), shift, scale)).astype(jnp.float32)
 
 
@@ -234,19 +285,24 @@ class Transformer(nnx.Module):
         return tokens + position_table(config.width, config.input_size // config.patch)
 
     def condition(self, t: jax.Array, y: jax.Array) -> jax.Array:
-        """Times (B,) and labels (B,) -> SiLU of the conditioning vector (B,D) float32."""
+        """Times (B,) or (B,G) and labels (B,) -> SiLU of the conditioning vector (B*G,D) float32."""
         labels = self.label_embedding(y).astype(jnp.float32)
-        return nnx.silu(self.time_embedding(t).astype(jnp.float32) + labels)
+        if t.ndim > 1:
+            labels = jnp.repeat(labels, t.shape[1], axis=0)
+        return nnx.silu(self.time_embedding(t.reshape(-1)).astype(jnp.float32) + labels)
 
     def __call__(
-        self, x: jax.Array, t: jax.Array, y: jax.Array, *, taps: Sequence[int] = (), stop: int | None = None
+        self, x: jax.Array, t: jax.Array, y: jax.Array, *, groups: jax.Array | None = None, separate: bool = False,
+        taps: Sequence[int] = (), stop: int | None = None,
     ) -> tuple[jax.Array | None, tuple[jax.Array, ...]]:
         """Predict, and return tokens on the way.
 
         Args:
           x: latents (B,H,W,C).
-          t: times (B,), fed to the sinusoids unscaled.
+          t: times (B,), or (B,G) where an example's tokens have times in groups; fed to the sinusoids unscaled.
           y: labels (B,) int in [0, num_classes]; `num_classes` is the null label.
+          groups: with t (B,G): the group of each token, (B,N) int in 0..G-1, tokens row-major.
+          separate: with groups: a token attends to the tokens of its own group only (attention separation).
           taps: block numbers 1..depth, ascending: return the tokens after these blocks. Block counts start at 1 as in
             the paper: m means "after m blocks".
           stop: run blocks 1..stop only, without the final layer; None runs all. Later blocks cost nothing.
@@ -258,12 +314,14 @@ class Transformer(nnx.Module):
         last = config.depth if stop is None else stop
         if list(taps) != sorted(set(taps)) or any(not 1 <= tap <= last for tap in taps):
             raise ValueError(f"taps={tuple(taps)} must ascend within 1..{last}")
+        if (t.ndim > 1) != (groups is not None):
+            raise ValueError(f"t {t.shape}: times (B,G) need the group of each token, times (B,) take none")
         tokens = self.placement.rows(self.embed(x))
-        condition = self.placement.rows(self.condition(t, y))
-        shared = self.placement.shared(condition)
+        condition = Condition(self.placement.rows(self.condition(t, y)), groups, separate)
+        shared = dataclasses.replace(condition, vector=self.placement.shared(condition.vector))
         graphdef, params = nnx.split(self.blocks)
 
-        def block(params: Any, x: jax.Array, condition: jax.Array) -> jax.Array:
+        def block(params: Any, x: jax.Array, condition: Condition) -> jax.Array:
             return nnx.merge(graphdef, params)(x, condition)
 
         tokens, features = run_stack(

@@ -1,5 +1,6 @@
 """What a run carries from step to step, and how it begins."""
 
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,6 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from sra_jax import config as config_lib
-from sra_jax.methods.heads import Head
 from sra_jax.models.stack import ANYWHERE, Placement
 from sra_jax.models.transformer import Transformer
 
@@ -24,7 +24,8 @@ class TrainState:
 
     Attributes:
       step: number of updates made, int32 scalar.
-      params: {"model": the transformer's parameters, "head": the projection head's}; no head in baseline runs. Float32.
+      params: {"model": the transformer's parameters} and those of the methods' heads by their names ("head" is SRA's);
+        float32.
       ema: the teacher, a tree like `params`.
       opt_state: the optimizer's.
     """
@@ -41,16 +42,17 @@ class Networks:
     Args:
       config: the recipe.
       placement: where arrays lie while the networks run; `sharding.placement` makes it from a mesh.
+
+    Attributes:
+      shape: the transformer's.
     """
 
     def __init__(self, config: ConfigDict, placement: Placement = ANYWHERE):
-        shape = config_lib.transformer_of(config)
-        alignment = config_lib.alignment_of(config)
+        self.shape = shape = config_lib.transformer_of(config)
         makers: dict[str, Callable[[nnx.Rngs], nnx.Module]] = {
             "model": lambda rngs: Transformer(shape, rngs=rngs, placement=placement)
         }
-        if alignment is not None and alignment.head:
-            makers["head"] = lambda rngs: Head(shape, rngs=rngs)
+        makers |= config_lib.methods_of(config).heads(shape)
         self._makers = makers
         self._placement = placement
         self._graphs = {
@@ -59,10 +61,16 @@ class Networks:
 
     def init(self, key: jax.Array) -> Params:
         """Fresh parameters, float32."""
-        keys = jax.random.split(key, 2)
+        model_key, head_key = jax.random.split(key, 2)
+
+        def own(name: str) -> jax.Array:  # a head begins the same, whatever other heads there are
+            if name == "model":
+                return model_key
+            return head_key if name == "head" else jax.random.fold_in(head_key, zlib.crc32(name.encode()))
+
         return {
-            name: nnx.to_pure_dict(nnx.split(make(nnx.Rngs(params=key)))[1])
-            for (name, make), key in zip(self._makers.items(), keys, strict=False)
+            name: nnx.to_pure_dict(nnx.split(make(nnx.Rngs(params=own(name))))[1])
+            for name, make in self._makers.items()
         }
 
     def model(self, params: Params) -> Transformer:
@@ -72,12 +80,9 @@ class Networks:
             self._graphs["model"], self._placement.others(others) | {"blocks": params["model"]["blocks"]}
         )
 
-    def project(self, params: Params, tokens: jax.Array) -> jax.Array:
-        """The student's tokens (B,N,D) through the head where there is one."""
-        if "head" not in self._graphs:
-            return tokens
-        (head,) = self._placement.others({"head": params["head"]}).values()
-        return nnx.merge(self._graphs["head"], head)(tokens)
+    def head(self, params: Params, name: str) -> nnx.Module:
+        """One of the methods' heads with these parameters; inside a traced function."""
+        return nnx.merge(self._graphs[name], self._placement.others({name: params[name]})[name])
 
 
 def learning_rate(config: ConfigDict, steps: int) -> optax.Schedule:

@@ -23,6 +23,7 @@ from sra_jax.data import registry as datasets
 from sra_jax.data.dataset import Dataset
 from sra_jax.distributed import processes, sharding
 from sra_jax.errors import Preempted, RunError, UserError
+from sra_jax.methods.health import health
 from sra_jax.runs import CONFIG
 from sra_jax.runs import metrics as metrics_lib
 from sra_jax.runs.checkpoints import Checkpoints
@@ -73,9 +74,9 @@ def build(config: ConfigDict, mesh: Mesh, dataset: Dataset, steps: int) -> Progr
     abstract = jax.eval_shape(init, jax.random.key(0))
     layout = sharding.state_shardings(abstract, mesh)
     train_step = make_train_step(
-        networks=networks, process=config_lib.process_of(config), alignment=config_lib.alignment_of(config),
+        networks=networks, process=config_lib.process_of(config), methods=config_lib.methods_of(config),
         encode=dataset.encode, optimizer=optimizer, learning_rate=learning_rate(config, steps),
-        ema_decay=ema_decay(config, steps), seed=config.seed, null_label=config.data.num_classes,
+        ema_decay=ema_decay(config, steps), seed=config.seed,
         label_dropout=config.label_dropout, accumulation=config.accumulation,
     )  # fmt: skip
     return Program(
@@ -354,12 +355,14 @@ class Journal:
                 self._write(step, metrics, elapsed)
 
     def _write(self, step: int, metrics: Mapping[str, np.ndarray], elapsed: float) -> None:
-        record = {name: float(value) for name, value in sorted(metrics.items())}
+        record = {name: float(value) for name, value in sorted(metrics.items()) if name != "samples"}
+        record |= health(metrics["samples"])
         record["steps_per_second"] = self._counted / elapsed
         record["examples_per_second"] = self._counted * self._config.batch_size / elapsed
-        shown = {"denoising": f"{record['loss_denoising']:.4f}"}
+        terms = {name.removesuffix("/loss"): value for name, value in record.items() if name.endswith("/loss")}
         if "loss_alignment" in record:
-            shown["alignment"] = f"{record['loss_alignment']:.4f}"
+            terms["alignment"] = record["loss_alignment"]
+        shown = {name: f"{value:.4f}" for name, value in {"denoising": record["loss_denoising"], **terms}.items()}
         self._bar.set_postfix(shown, refresh=False)
         if self._writer:
             self._writer.write(step, record)

@@ -1,0 +1,90 @@
+"""Contrastive flow matching, delta FM (Stoica et al., ICCV 2025, arXiv 2506.05350).
+
+    L = mean |v_i - u_i|^2 - lambda * mean over the anchors of |v_i - u_j(i)|^2
+
+with the velocity target u_j(i) of another example j(i) of the global batch, at that example's own time as in the
+official code (on the linear path the target knows no time). Anchors are all examples, or those whose label was not
+dropped; the mean is over them, counted over the global batch.
+
+The loss moves its own minimum: it is reached at v = (u - lambda' u') / (1 - lambda'), u' being the expected velocity of
+another example and lambda' the weight an anchor really has. `corrected` takes that back while sampling.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from sra_jax.diffusion.process import Process
+from sra_jax.errors import UserError
+from sra_jax.methods.groups import position_times
+from sra_jax.methods.method import Draws, Method, Seen, Term, check_weight
+from sra_jax.models.transformer import TransformerConfig
+
+
+def other_rows(key: jax.Array, count: int) -> jax.Array:
+    """For each of `count` rows another one, (count,) int32: uniform, with replacement, never itself."""
+    drawn = jax.random.randint(key, (count,), 0, count - 1, jnp.int32)
+    return drawn + (drawn >= jnp.arange(count))
+
+
+def rows_of_other_labels(key: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """For each row one of another label, uniform over these.
+
+    Returns:
+      Their numbers (B,) int32, and whether there is one (B,) bool; the number means nothing where there is none.
+    """
+    allowed = labels[:, None] != labels[None, :]
+    draws = jnp.where(allowed, jax.random.uniform(key, allowed.shape), -1.0)
+    return draws.argmax(axis=1).astype(jnp.int32), allowed.any(axis=1)
+
+
+def anchor_weights(anchors: jax.Array) -> jax.Array:
+    """(B,) float32 whose mean over all rows of w_i x_i is the mean of x over the anchors (B,) bool; 0 without any."""
+    return anchors * (anchors.shape[0] / jnp.maximum(anchors.sum(), 1)).astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class DeltaFM(Method):
+    """What is pushed away from what.
+
+    Attributes:
+      weight: lambda, below 1.
+      drop_null: whether examples whose label was dropped are no anchors; they may still be somebody's negative.
+      negatives: "any" other example, or one of an "other_label" (dropped labels count as one).
+    """
+
+    weight: float = 0.05
+    drop_null: bool = False
+    negatives: str = "any"
+
+    name: ClassVar[str] = "delta_fm"
+    processes: ClassVar[tuple[str, ...]] = ("interpolant",)
+
+    def draw(self, key: jax.Array, given: Draws, process: Process, shape: TransformerConfig) -> dict[str, jax.Array]:
+        """negative (B,H,W,C), the velocity of each row's negative; anchor (B,), weights of the mean over anchors."""
+        y = given["y"]
+        anchors = y != shape.num_classes if self.drop_null else jnp.ones(y.shape, bool)
+        if self.negatives == "any":
+            chosen = other_rows(key, y.shape[0])
+        else:
+            chosen, found = rows_of_other_labels(key, y)
+            anchors &= found
+        times = position_times(given["t"], given.get("groups"), shape)
+        return {"negative": process.target(given["x0"], given["e"], times)[chosen], "anchor": anchor_weights(anchors)}
+
+    def loss(self, seen: Seen) -> Term:
+        """Minus the mean over anchors of the squared error against the negative's velocity."""
+        error = seen.prediction.astype(jnp.float32) - seen.example["negative"]
+        return Term(-(seen.example["anchor"] * jnp.square(error).mean(axis=(1, 2, 3))).mean())
+
+    def check(self, shape: TransformerConfig, batch_size: int, microbatch: int) -> None:
+        del shape, microbatch
+        check_weight(f"{self.key}.weight", self.weight)
+        if self.weight >= 1:
+            raise UserError(f"{self.key}.weight={self.weight}: from 1 on the loss has no minimum; the authors use 0.05")
+        if self.negatives not in ("any", "other_label"):
+            raise UserError(f"{self.key}.negatives={self.negatives!r} is unknown; allowed: any, other_label")
+        if batch_size < 2:
+            raise UserError(f"{self.key} needs another example: batch_size={batch_size} must be at least 2")
