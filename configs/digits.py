@@ -15,9 +15,7 @@ from sra_jax import config as config_lib
 
 
 def get_config(variant: str | None = None) -> ConfigDict:
-    """The recipe, or its `dit` variant: DDPM with learned variance."""
-    if variant not in (None, "", "dit"):
-        raise ValueError(f"unknown variant {variant!r}; allowed: dit")
+    """The recipe or a variant of it: `dit` (DDPM with learned variance), a method such as `self_flow`, or both."""
     config = config_lib.default()
     config.name = "digits"
     config.steps = 2000
@@ -29,8 +27,11 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.optimizer.update(learning_rate=2e-3, warmup_steps=100)
     config.ema.decay = 0.99
     config.sampling.update(sampler="sde", steps=50, guidance_scale=1.5)
-    if variant == "dit":
-        config.name = "digits_dit"
-        config.alignment.weight = 0.04
-        common.gaussian(config, steps="50")
-    return config.lock()
+    common.small_methods(config, standardise="target")
+    return common.variant(config, variant, own={"dit": dit}, small=False)
+
+
+def dit(config: ConfigDict) -> None:
+    """DDPM with learned variance in place of the flow."""
+    config.alignment.weight = 0.04
+    common.gaussian(config, steps="50")

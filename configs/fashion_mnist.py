@@ -15,7 +15,7 @@ from sra_jax import config as config_lib
 
 
 def get_config(variant: str | None = None) -> ConfigDict:
-    """The recipe, or its `smoke` variant."""
+    """The recipe or a variant of it: `smoke`, a method such as `self_flow`, or both."""
     config = config_lib.default()
     config.name = "fashion_mnist"
     config.steps = 2000
@@ -29,4 +29,5 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.optimizer.update(learning_rate=2e-3, warmup_steps=100, schedule="cosine")
     config.ema.decay = 0.995
     config.sampling.update(sampler="sde", steps=50, guidance_scale=1.5)
+    common.small_methods(config, standardise="target")
     return common.variant(config, variant)

@@ -12,7 +12,7 @@ from configs import common
 
 
 def get_config(variant: str | None = None) -> ConfigDict:
-    """The recipe, or its `smoke` variant."""
+    """The recipe or a variant of it: `smoke`, a method such as `self_flow`, or both."""
     config = common.sit("L", "sit_l2", student_block=6, teacher_block=16)
     config.steps = 400_000
     return common.variant(config, variant)

@@ -13,7 +13,7 @@ from configs import common
 
 
 def get_config(variant: str | None = None) -> ConfigDict:
-    """The recipe, or its `smoke` variant."""
+    """The recipe or a variant of it: `smoke`, a method such as `self_flow`, or both."""
     config = common.sit("XL", "sit_xl2_512", student_block=8, teacher_block=20, image_size=512)
     config.steps = 400 * common.STEPS_PER_EPOCH
     config.sampling.update(guidance_scale=2.5, guidance_interval=(0.0, 0.7))

@@ -93,8 +93,8 @@ def prepared_config(command: str, value: Any, keep_dtype: bool, peer: str) -> Co
             )
         if process.name != "interpolant" and command in ("sampler", "table"):
             raise UserError(f"--peer=pytorch samples SiT only: measure {command} with a sit_* recipe")
-        if not config.alignment.enabled or config.alignment.distance != "smooth_l1":
-            raise UserError("--peer=pytorch aligns with smooth_l1; use alignment.enabled=True and that distance")
+        if config_lib.methods_of(config).name != "sra" or config.alignment.distance != "smooth_l1":
+            raise UserError("--peer=pytorch aligns with SRA's smooth_l1: use method.name=sra and that distance")
     return config
 
 

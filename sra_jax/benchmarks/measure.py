@@ -43,21 +43,21 @@ def say(text: str) -> None:
 
 
 def train_step(config: ConfigDict, peer: str, repeats: int, peer_large_pages: bool = False) -> dict[str, Any]:
-    """Our step with SRA and without, and the peer's with a full, a truncated and no teacher."""
+    """Our step with the recipe's method and without, and the peer's with a full, a truncated and no teacher."""
     text = config_lib.to_json(config)
     flops = config_lib.step_flops(config).total
     memory: dict[str, float] = {}
-    for side, variant in (("jax", "sra"), ("pytorch", "full"))[: 2 if peer == "pytorch" else 1]:
+    for side, variant in (("jax", "method"), ("pytorch", "full"))[: 2 if peer == "pytorch" else 1]:
         alone = Remote(side, text, side == "jax" or peer_large_pages)  # memory of one side doing one thing
         memory[side] = alone.call("prepare", variant)["peak_memory_bytes"]
         alone.close()
         say(f"peak memory of {side} alone: {memory[side] / 1e9:.2f} GB")
     ours = Remote("jax", text)
-    compiled = ours.call("prepare", "sra")
+    compiled = ours.call("prepare", "method")
     ours.call("prepare", "baseline")
     calls = {
         "rate": lambda: ours.call("rate"),
-        "sra": lambda: ours.call("step", "sra"),
+        "method": lambda: ours.call("step", "method"),
         "baseline": lambda: ours.call("step", "baseline"),
     }
     theirs = None
@@ -69,13 +69,14 @@ def train_step(config: ConfigDict, peer: str, repeats: int, peer_large_pages: bo
     figures = alternate(calls, repeats, say)
     ours.close()
     result = {
-        "config": config.name, "batch_size": config.batch_size, "dtype": config.dtype, "remat": config.model.remat,
-        "step_seconds": statistics.median(figures["sra"]), "step_seconds_range": spread(figures["sra"]),
+        "config": config.name, "method": config_lib.methods_of(config).name, "batch_size": config.batch_size,
+        "dtype": config.dtype, "remat": config.model.remat,
+        "step_seconds": statistics.median(figures["method"]), "step_seconds_range": spread(figures["method"]),
         "baseline_step_seconds": statistics.median(figures["baseline"]),
-        "sra_over_baseline": ratio(figures["sra"], figures["baseline"]),
+        "over_baseline": ratio(figures["method"], figures["baseline"]),
         "flops": flops, "matmul_flops_per_second": statistics.median(figures["rate"]),
         "matmul_share": statistics.median(
-            flops / seconds / rate for seconds, rate in zip(figures["sra"], figures["rate"], strict=True)
+            flops / seconds / rate for seconds, rate in zip(figures["method"], figures["rate"], strict=True)
         ),
         "compile_seconds": compiled["compile_seconds"], "peak_memory_bytes": memory["jax"],
     }  # fmt: skip
@@ -86,8 +87,8 @@ def train_step(config: ConfigDict, peer: str, repeats: int, peer_large_pages: bo
             "peer_step_seconds_range": spread(figures["peer_full"]),
             "peer_truncated_step_seconds": statistics.median(figures["peer_truncated"]),
             "peer_baseline_step_seconds": statistics.median(figures["peer_none"]),
-            "speedup_vs_peer": ratio(figures["peer_full"], figures["sra"]),
-            "speedup_vs_truncated_peer": ratio(figures["peer_truncated"], figures["sra"]),
+            "speedup_vs_peer": ratio(figures["peer_full"], figures["method"]),
+            "speedup_vs_truncated_peer": ratio(figures["peer_truncated"], figures["method"]),
             "baseline_speedup_vs_peer": ratio(figures["peer_none"], figures["baseline"]),
             "peer_peak_memory_bytes": memory["pytorch"],
             "memory_over_peer": memory["jax"] / memory["pytorch"],
@@ -111,8 +112,8 @@ def growth(config: ConfigDict, repeats: int) -> dict[str, Any]:
         config_lib.check(changed)
         flops[name] = config_lib.step_flops(changed).total
         sides[name] = Remote("jax", config_lib.to_json(changed))
-        rows[name] = {"compile_seconds": sides[name].call("prepare", "sra")["compile_seconds"]}
-    figures = alternate({name: lambda s=side: s.call("step", "sra") for name, side in sides.items()}, repeats, say)
+        rows[name] = {"compile_seconds": sides[name].call("prepare", "method")["compile_seconds"]}
+    figures = alternate({name: lambda s=side: s.call("step", "method") for name, side in sides.items()}, repeats, say)
     for name, side in sides.items():
         side.close()
         rows[name] |= {
@@ -131,7 +132,7 @@ def compile_times(config: ConfigDict, repeats: int) -> dict[str, Any]:
             changed = config.copy_and_resolve_references()
             changed.model.depth *= factor
             side = Remote("jax", config_lib.to_json(changed))  # a process that has compiled nothing yet
-            figures[name].append(side.call("compile", "sra"))
+            figures[name].append(side.call("compile", "method"))
             side.close()
     return {
         "config": config.name, "depth": config.model.depth,
@@ -181,7 +182,7 @@ def table(
         "compile": compile_times(config, 1),
     }
     step, sampling, compiling = result["train_step"], result["sampler"], result["compile"]
-    rows = [("SRA step", f"{step['step_seconds']:.2f} s")]
+    rows = [(f"step of {step['method']}", f"{step['step_seconds']:.2f} s")]
     if peer == "pytorch":
         rows += [
             ("PyTorch, whole teacher", f"{step['peer_step_seconds']:.2f} s, {step['speedup_vs_peer']:.2f}x ours"),
@@ -192,7 +193,7 @@ def table(
              f"(PyTorch {step['peer_peak_memory_bytes'] / 1e9:.2f} GB)"),
         ]  # fmt: skip
     rows += [
-        ("SRA step over the baseline's", f"{step['sra_over_baseline']:.2f}"),
+        ("step over the baseline's", f"{step['over_baseline']:.2f}"),
         ("share of the matmul rate", f"{step['matmul_share']:.0%} of "
          f"{step['matmul_flops_per_second'] / 1e9:.0f} GFLOP/s"),
         ("tracing and compiling", f"{compiling['compile_seconds']:.1f} s, at twice the depth "

@@ -39,12 +39,12 @@ class JaxSide:
         self._product = jax.jit(lambda a: jax.numpy.matmul(a, a, precision="highest"))
 
     def _compile(self, name: str) -> tuple[Any, Any, Any, float]:
-        """The config with SRA or without it, its programs, its compiled step, seconds of tracing and compiling."""
+        """The config with its method or without, its programs, its compiled step, seconds of tracing and compiling."""
         from sra_jax.training import loop
 
         config = self._config.copy_and_resolve_references()
         with config.unlocked():
-            config.alignment.enabled = name == "sra"
+            config.method.name = config.method.name if name == "method" else "none"
         program = loop.build(config, self._mesh, self._dataset, config.steps)
         start = time.perf_counter()
         shapes = loop.abstract_batch(self._dataset, config.batch_size, self._mesh)
@@ -52,11 +52,11 @@ class JaxSide:
         return config, program, step, time.perf_counter() - start
 
     def compile(self, name: str) -> float:
-        """Seconds of tracing and compiling the step of "sra" or "baseline"; nothing is run."""
+        """Seconds of tracing and compiling the step of "method" (the recipe's own) or "baseline"; nothing is run."""
         return self._compile(name)[-1]
 
     def prepare(self, name: str) -> dict[str, float]:
-        """Compile and warm up "sra" or "baseline"; how long the compiler took."""
+        """Compile and warm up "method" or "baseline"; how long the compiler took."""
         from sra_jax.data import pipeline
         from sra_jax.distributed import sharding
 

@@ -66,7 +66,9 @@ def check_config(config: ConfigDict, contents: Contents) -> None:
         "data.image_size": (wanted.input_size, found.input_size), "data.channels": (wanted.channels, found.channels),
         "data.num_classes": (wanted.num_classes, found.num_classes),
         "output channels (process.name)": (wanted.output_channels, outputs),
-        "alignment.enabled and .head": (config.alignment.enabled and config.alignment.head, contents.head),
+        "a head (method.name=sra, alignment.head)": (
+            "head" in config_lib.methods_of(config).heads(wanted), contents.head,
+        ),
     }  # fmt: skip
     wrong = [f"{key}: {asked} in the config, {has} in the file" for key, (asked, has) in pairs.items() if asked != has]
     if wrong:

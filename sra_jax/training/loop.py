@@ -24,6 +24,7 @@ from sra_jax.data.dataset import Dataset
 from sra_jax.distributed import processes, sharding
 from sra_jax.errors import Preempted, RunError, UserError
 from sra_jax.methods.health import health
+from sra_jax.methods.registry import noisier_teachers
 from sra_jax.runs import CONFIG
 from sra_jax.runs import metrics as metrics_lib
 from sra_jax.runs.checkpoints import Checkpoints
@@ -125,6 +126,7 @@ def _train(config: ConfigDict, workdir: Path, allow_config_change: bool, lock: f
     started = holds_run(config, workdir, allow_config_change)
     processes.wait_for_all("workdir")  # before any of them writes there
     dataset = datasets.load(config.data)
+    check_teacher(config)
     steps = config_lib.total_steps(config, len(dataset.source))
     say = print if jax.process_index() == 0 else _silent
 
@@ -143,6 +145,19 @@ def _train(config: ConfigDict, workdir: Path, allow_config_change: bool, lock: f
     finally:
         checkpoints.close()
     _say_where(config, workdir, say)
+
+
+def check_teacher(config: ConfigDict) -> None:
+    """Raises `UserError` where the method would show its teacher a noisier input than its student."""
+    methods, process = config_lib.methods_of(config), config_lib.process_of(config)
+    if not methods.teaching:
+        return
+    noisier = noisier_teachers(methods, process, config_lib.transformer_of(config), jax.random.key(config.seed))
+    if noisier.any():
+        raise UserError(
+            f"method.name={methods.name!r} with process.name={config.process.name!r} shows the teacher a noisier input "
+            f"than the student ({float(noisier.mean()):.0%} of tokens): time must grow with the noise"
+        )
 
 
 def _silent(*_: Any) -> None:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sra_jax.methods.heads import Head
-from sra_jax.models.flops import block_flops, forward_flops, head_flops, train_step_flops
+from sra_jax.methods.heads import Head, head_flops
+from sra_jax.models.flops import block_flops, forward_flops, train_step_flops
 from sra_jax.models.mmdit import MMDiT, MMDiTConfig
 from sra_jax.models.transformer import Transformer, TransformerConfig
 from sra_jax.planning.compiled import Program

@@ -10,7 +10,7 @@ from flax import nnx
 from configs.common import SIZES
 from sra_jax.models import transformer
 from sra_jax.models.stack import REMAT_POLICIES
-from sra_jax.models.transformer import Transformer, TransformerConfig, patchify, unpatchify
+from sra_jax.models.transformer import Condition, Transformer, TransformerConfig, patchify, unpatchify
 
 TINY = TransformerConfig(
     input_size=8, channels=3, output_channels=3, num_classes=5, patch=2, depth=4, width=32, heads=4
@@ -119,7 +119,7 @@ def reference(model, params, x, t, y):
         hidden = jax.nn.gelu(normed @ block["mlp"]["hidden"]["kernel"] + block["mlp"]["hidden"]["bias"])
         tokens += gate_m * (hidden @ block["mlp"]["out"]["kernel"] + block["mlp"]["out"]["bias"])
         features.append(tokens)
-    return unpatchify(model.final(tokens, condition), config.patch), features
+    return unpatchify(model.final(tokens, Condition(condition)), config.patch), features
 
 
 def test_scan_equals_a_plain_loop():

@@ -17,7 +17,7 @@ from sra_jax.diffusion.registry import SAMPLERS, process_defaults
 from sra_jax.interop.pytorch import depth_of, params_from_pytorch, pytorch_from_params
 from sra_jax.models.transformer import time_features
 from sra_jax.runs.state import Networks
-from sra_jax.training.step import sra_loss
+from sra_jax.training.step import total_loss
 
 TOLERANCE = 3e-5  # one unit in the last place of a frequency times t = 999 shows in the outputs
 GRADIENT_TOLERANCE = 1e-4
@@ -182,12 +182,12 @@ def test_dit_loss_total_and_gradients(golden):
     teacher = params_of(arrays, "ema/")
 
     def loss(params):
-        return sra_loss(
-            params, teacher, example, config.alignment.weight, networks=Networks(config), process=process_of(arrays),
-            alignment=config_lib.alignment_of(config),
+        return total_loss(
+            params, teacher, example, {"sra": config.alignment.weight}, networks=Networks(config),
+            process=process_of(arrays), methods=config_lib.methods_of(config),
         )  # fmt: skip
 
-    (total, metrics), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params_of(arrays))
+    (total, (metrics, _)), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params_of(arrays))
     assert_close(total, arrays["loss/total"], TOLERANCE)
     assert_close(metrics["loss_denoising"], arrays["loss/loss"].mean(), TOLERANCE)
     assert_close(metrics["loss_alignment"], arrays["loss/align_sml1"], TOLERANCE)
@@ -211,7 +211,7 @@ def test_dit_loss_features(golden):
         nhwc(arrays["loss/x_t"]), jnp.asarray(arrays["in/t"]), y, taps=(config.alignment.student_block,)
     )
     assert_close(prediction, nhwc(arrays["loss/model_output"]), TOLERANCE)
-    assert_close(networks.project(student, tokens), arrays["loss/student_proj"], TOLERANCE)
+    assert_close(networks.head(student, "head")(tokens), arrays["loss/student_proj"], TOLERANCE)
     last = config.alignment.teacher_block
     _, (tokens,) = networks.model(teacher)(
         nhwc(arrays["loss/x_t_teacher"]), jnp.asarray(arrays["in/t_teacher"]), y, taps=(last,), stop=last

@@ -21,10 +21,9 @@ from sra_jax.diffusion.interpolant import Interpolant
 from sra_jax.diffusion.registry import SAMPLERS
 from sra_jax.interop.pytorch import depth_of, params_from_pytorch, pytorch_from_params
 from sra_jax.methods import distances
-from sra_jax.methods.sra import Alignment
-from sra_jax.models.transformer import Block, FinalLayer, patchify, position_table, time_features
+from sra_jax.models.transformer import Block, Condition, FinalLayer, patchify, position_table, time_features
 from sra_jax.runs.state import Networks, make_optimizer
-from sra_jax.training.step import sra_loss, update_ema
+from sra_jax.training.step import total_loss, update_ema
 
 TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-4
@@ -117,7 +116,7 @@ def test_sit_forward_head(forward):
     projected = {key: value for key, value in arrays.items() if key.startswith("proj/block_")}
     assert projected
     for key, expected in projected.items():
-        close(networks.project(params, features[int(key.removeprefix("proj/block_")) - 1]), expected)
+        close(networks.head(params, "head")(features[int(key.removeprefix("proj/block_")) - 1]), expected)
 
 
 def test_sit_forward_embeddings(forward):
@@ -135,7 +134,7 @@ def test_sit_forward_embeddings(forward):
 def test_sit_forward_layer_norm_epsilon(forward):
     """Tokens of tiny variance, where the norm's epsilon decides."""
     arrays, model, *_ = forward
-    condition = jax.nn.silu(jnp.asarray(arrays["cond/c"]))
+    condition = Condition(jax.nn.silu(jnp.asarray(arrays["cond/c"])))
     graphdef, stacked = nnx.split(model.blocks)
     first: Block = nnx.merge(graphdef, jax.tree.map(lambda x: x[0], stacked))
     final: FinalLayer = model.final
@@ -159,7 +158,7 @@ DISTANCES = {"sml1": "smooth_l1", "l1": "l1", "l2": "l2", "cos_token": "cosine_t
 
 
 def loss_of(arrays, path, distance="smooth_l1", weight=None):
-    """`loss(params) -> (total, metrics)` on the golden batch."""
+    """`loss(params) -> (total, (metrics, samples))` on the golden batch."""
     config = recipe(arrays)
     with config.unlocked():
         config.alignment.distance = distance
@@ -169,9 +168,9 @@ def loss_of(arrays, path, distance="smooth_l1", weight=None):
         "t": jnp.asarray(arrays["in/t"]), "s": jnp.asarray(arrays["in/t_teacher"]),
     }  # fmt: skip
     teacher = trees(arrays, "ema/")
-    return lambda params: sra_loss(
-        params, teacher, example, config.alignment.weight, networks=Networks(config), process=Interpolant(path),
-        alignment=config_lib.alignment_of(config),
+    return lambda params: total_loss(
+        params, teacher, example, {"sra": config.alignment.weight}, networks=Networks(config),
+        process=Interpolant(path), methods=config_lib.methods_of(config),
     )  # fmt: skip
 
 
@@ -194,7 +193,7 @@ def test_sit_sra_loss_distances(golden, path):
     arrays = golden("sit_sra_loss")
     student, teacher = jnp.asarray(arrays[f"{path}/student_proj"]), jnp.asarray(arrays[f"{path}/teacher_feat"])
     for theirs, ours in DISTANCES.items():
-        close(Alignment(1, 1, distance=ours).loss(student, teacher), arrays[f"{path}/align_{theirs}"])
+        close(distances.mean_distance(ours, student, teacher), arrays[f"{path}/align_{theirs}"])
     close(distances.cosine(student, teacher, axis=1), arrays[f"{path}/align_cos_token_map"])
     close(distances.cosine(student, teacher, axis=-1), arrays[f"{path}/align_cos_feature_map"])
 
@@ -206,7 +205,7 @@ def test_sit_sra_loss_total_and_gradients(golden, path, theirs):
     arrays = golden("sit_sra_loss")
     weight = None if theirs == "sml1" else json.loads(str(arrays["meta/config"]))["cos_weight"]
     loss = loss_of(arrays, path, DISTANCES[theirs], weight)
-    (total, metrics), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(trees(arrays))
+    (total, (metrics, _)), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(trees(arrays))
     close(total, arrays[f"{path}/total_{theirs}"])
     close(metrics["loss_denoising"], arrays[f"{path}/gen_loss"].mean())
     close(metrics["loss_alignment"], arrays[f"{path}/align_{theirs}"])

@@ -12,7 +12,7 @@ from sra_jax import config as config_lib
 from sra_jax.benchmarks.peers import PeerStep
 from sra_jax.interop.pytorch import pytorch_from_params
 from sra_jax.runs.state import Networks
-from sra_jax.training.step import sra_loss
+from sra_jax.training.step import total_loss
 from tests.conftest import run
 
 
@@ -44,9 +44,9 @@ def test_peer_s_loss_is_ours(recipe, t, s, teacher):
     }  # fmt: skip
     kind = np.float32 if config.process.name == "interpolant" else np.int32
     times = {name: example[name].astype(kind) for name in ("t", "s")}
-    ours, _ = sra_loss(
-        params, params, {k: jnp.asarray(v) for k, v in (example | times).items()}, aligned.weight, networks=networks,
-        process=config_lib.process_of(config), alignment=config_lib.alignment_of(config),
+    ours, _ = total_loss(
+        params, params, {k: jnp.asarray(v) for k, v in (example | times).items()}, {"sra": aligned.weight},
+        networks=networks, process=config_lib.process_of(config), methods=config_lib.methods_of(config),
     )  # fmt: skip
     theirs = peer.loss({k: v.transpose(0, 3, 1, 2).copy() if v.ndim == 4 else v for k, v in example.items()}, teacher)
     assert float(theirs) == pytest.approx(float(ours), rel=1e-5)

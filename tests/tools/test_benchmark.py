@@ -23,11 +23,11 @@ def test_train_step(tmp_path):
     assert (result["batch_size"], result["dtype"], result["flops"]) == (4, "float32", flops)
     low, high = result["step_seconds_range"]
     assert 0 < low <= result["step_seconds"] <= high
-    rounds = re.findall(r"rate ([\d.e+]+), sra ([\d.e-]+), baseline ([\d.e-]+)", done.stderr)
+    rounds = re.findall(r"rate ([\d.e+]+), method ([\d.e-]+), baseline ([\d.e-]+)", done.stderr)
     shares = sorted(flops / float(sra) / float(rate) for rate, sra, _ in rounds)
     assert len(shares) == 2
     assert result["matmul_share"] == pytest.approx(sum(shares) / 2, rel=0.01)
-    assert result["sra_over_baseline"] == pytest.approx(
+    assert result["over_baseline"] == pytest.approx(
         sum(float(sra) / float(baseline) for _, sra, baseline in rounds) / 2, rel=0.01
     )
     assert result["compile_seconds"] > 0

@@ -12,7 +12,7 @@ from sra_jax.data import pipeline, registry
 from sra_jax.distributed import sharding
 from sra_jax.runs.state import clip_by_global_norm, ema_decay, learning_rate
 from sra_jax.training import loop
-from sra_jax.training.step import draw, sra_loss
+from sra_jax.training.step import draw, total_loss
 
 BATCH = 16
 
@@ -44,6 +44,7 @@ def losses(config, devices=1, steps=20):
     history = []
     for _, batch in zip(range(steps), batches(dataset, config), strict=False):
         state, metrics = built.train_step(state, sharding.put_batch(batch, built.mesh))
+        metrics.pop("samples")
         history.append(jax.device_get(metrics))
     return history, state
 
@@ -90,16 +91,16 @@ def test_both_losses_of_one_batch_can_be_overfitted():
     built, state, dataset = program(config)
     batch = {name: jnp.asarray(x) for name, x in next(batches(dataset, config)).items()}
     example = draw(
-        jax.random.key(3), dataset.encode(batch, None), batch["label"], config_lib.process_of(config),
-        interval=(0.0, 0.2), null_label=10, label_dropout=0.1,
+        jax.random.key(3), dataset.encode(batch, None), batch, config_lib.process_of(config),
+        config_lib.methods_of(config), built.networks.shape, label_dropout=0.1,
     )  # fmt: skip
     optimizer = optax.adam(2e-3)
 
     @jax.jit
     def step(params, ema, opt_state):
-        (_, metrics), gradients = jax.value_and_grad(sra_loss, has_aux=True)(
-            params, ema, example, 0.2, networks=built.networks, process=config_lib.process_of(config),
-            alignment=config_lib.alignment_of(config),
+        (_, (metrics, _)), gradients = jax.value_and_grad(total_loss, has_aux=True)(
+            params, ema, example, {"sra": 0.2}, networks=built.networks, process=config_lib.process_of(config),
+            methods=config_lib.methods_of(config),
         )  # fmt: skip
         updates, opt_state = optimizer.update(gradients, opt_state)
         return jax.tree.map(jnp.add, params, updates), opt_state, metrics
@@ -115,13 +116,11 @@ def test_both_losses_of_one_batch_can_be_overfitted():
 
 def loss_arguments(config, networks):
     x0 = jnp.asarray(np.random.default_rng(0).normal(size=(4, 8, 8, 1)), jnp.float32)
+    process, methods = config_lib.process_of(config), config_lib.methods_of(config)
     example = draw(
-        jax.random.key(0), x0, jnp.arange(4), config_lib.process_of(config), interval=(0.1, 0.2), null_label=10,
-        label_dropout=0.0,
-    )  # fmt: skip
-    options = {
-        "networks": networks, "process": config_lib.process_of(config), "alignment": config_lib.alignment_of(config)
-    }  # fmt: skip
+        jax.random.key(0), x0, {"label": jnp.arange(4)}, process, methods, networks.shape, label_dropout=0.0
+    )
+    options = {"networks": networks, "process": process, "methods": methods}
     return example, options
 
 
@@ -137,7 +136,7 @@ def test_the_teacher_gets_no_gradient_and_late_blocks_no_say():
     student, teacher = random_params(state), random_params(state, 1)
 
     def loss(params, ema):
-        return sra_loss(params, ema, example, 1.0, **options)[0]
+        return total_loss(params, ema, example, {"sra": 1.0}, **options)[0]
 
     for leaf in jax.tree.leaves(jax.grad(loss, argnums=1)(student, teacher)):
         np.testing.assert_array_equal(leaf, 0)
@@ -159,7 +158,12 @@ def test_the_alignment_gradient_stops_at_the_student_block():
     built, state, _ = program(config)
     example, options = loss_arguments(config, built.networks)
     params, teacher = random_params(state), random_params(state, 1)
-    gradient = jax.grad(lambda p: sra_loss(p, teacher, example, 1.0, **options)[1]["loss_alignment"])(params)
+
+    def loss(params):
+        _, (metrics, _) = total_loss(params, teacher, example, {"sra": 1.0}, **options)
+        return metrics["loss_alignment"]
+
+    gradient = jax.grad(loss)(params)
     for leaf in jax.tree.leaves(gradient["model"]["blocks"]):
         per_block = np.abs(leaf).reshape(4, -1).max(axis=1)
         np.testing.assert_array_equal(per_block[2:], 0)
@@ -188,7 +192,7 @@ def test_without_a_head_tokens_are_compared_as_they_are():
     example, options = loss_arguments(config, built.networks)
     params = random_params(state)
     example["s"] = example["t"]
-    _, metrics = sra_loss(params, params, example, 1.0, **options)
+    _, (metrics, _) = total_loss(params, params, example, {"sra": 1.0}, **options)
     assert float(metrics["loss_alignment"]) < 1e-9  # same block, time and parameters
 
 
@@ -196,16 +200,21 @@ def test_draws():
     """Dropped labels in the right share, teacher earlier than student, everything a function of the key."""
     config = recipe()
     labels = jnp.arange(20_000) % 10
-    arguments = {"interval": (0.0, 0.2), "null_label": 10, "label_dropout": 0.1}
     x0 = jnp.zeros((20_000, 1, 1, 1))
-    example = draw(jax.random.key(5), x0, labels, config_lib.process_of(config), **arguments)
+
+    def drawn(seed):
+        return draw(
+            jax.random.key(seed), x0, {"label": labels}, config_lib.process_of(config), config_lib.methods_of(config),
+            config_lib.transformer_of(config), label_dropout=0.1,
+        )  # fmt: skip
+
+    example = drawn(5)
     dropped = np.asarray(example["y"]) == 10
     assert dropped.mean() == pytest.approx(0.1, abs=0.01)
     np.testing.assert_array_equal(np.asarray(example["y"])[~dropped], np.asarray(labels)[~dropped])
     assert np.all(example["s"] <= example["t"])
     assert np.std(example["e"]) == pytest.approx(1, abs=0.02)
-    again = draw(jax.random.key(5), x0, labels, config_lib.process_of(config), **arguments)
-    other = draw(jax.random.key(6), x0, labels, config_lib.process_of(config), **arguments)
+    again, other = drawn(5), drawn(6)
     for name in ("e", "y", "t", "s"):
         np.testing.assert_array_equal(example[name], again[name])
         assert not np.array_equal(example[name], other[name])
