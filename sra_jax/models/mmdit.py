@@ -19,6 +19,7 @@ from sra_jax.models.stack import ANYWHERE, Placement, run_stack
 from sra_jax.models.transformer import (
     MLP,
     Attention,
+    Condition,
     FinalLayer,
     TimeEmbedding,
     layer_norm,
@@ -110,7 +111,7 @@ class Entrance(nnx.Module):
 
     def project(self, tokens: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
         """Tokens (B,N,D) -> queries, keys and values (B,N,3,heads,d)."""
-        return self.attention.qkv(modulate(layer_norm(tokens), shift, scale))
+        return self.attention.qkv(modulate(layer_norm(tokens), shift[:, None], scale[:, None]))
 
 
 class TextEntrance(Entrance):
@@ -134,7 +135,7 @@ class Stream(Entrance):
 
     def add_mlp(self, tokens: jax.Array, shift: jax.Array, scale: jax.Array, gate: jax.Array) -> jax.Array:
         """Tokens (B,N,D) -> (B,N,D)."""
-        return tokens + gate[:, None] * self.mlp(modulate(layer_norm(tokens), shift, scale))
+        return tokens + gate[:, None] * self.mlp(modulate(layer_norm(tokens), shift[:, None], scale[:, None]))
 
 
 class JointBlock(nnx.Module):
@@ -279,7 +280,7 @@ class MMDiT(nnx.Module):
         if stop is not None:
             return None, features
         grid = (x.shape[1] // self.config.patch, x.shape[2] // self.config.patch)
-        return unpatchify(self.final(tokens[1], condition), self.config.patch, grid), features
+        return unpatchify(self.final(tokens[1], Condition(condition)), self.config.patch, grid), features
 
     def _run(
         self, blocks: nnx.Module, tokens: Tokens, condition: jax.Array, taps: Sequence[int], stop: int

@@ -54,7 +54,7 @@ def test_paper_hyperparameters():
 def test_json_round_trip(recipe):
     config = load(recipe)
     again = config_lib.from_json(config_lib.to_json(config))
-    assert again.to_dict() == config.to_dict()
+    assert config_lib.to_json(again) == config_lib.to_json(config)
     assert not config_lib.differences(again, config)
 
 

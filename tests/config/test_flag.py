@@ -38,7 +38,7 @@ def test_one_number_is_a_fixed_offset_for_the_teacher():
     for text in ("0.2", "(0.2,)", "0.2,0.2"):
         config = parse(DIGITS, f"--config.alignment.interval={text}")
         config_lib.check(config)
-        assert config_lib.alignment_of(config).interval == (0.2, 0.2)
+        assert config_lib.methods_of(config).parts[0].interval == (0.2, 0.2)
 
 
 SPELLINGS = (

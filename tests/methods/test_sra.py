@@ -85,7 +85,7 @@ def test_weight_decays_as_the_authors_do():
     [
         ({"student_block": 0}, r"student_block=0 is not a block: allowed 1\.\.12"),
         ({"student_block": 13, "teacher_block": 13}, r"student_block=13"),
-        ({"teacher_block": 13}, r"teacher_block=13 is beyond model.depth=12.*the paper uses 8"),
+        ({"teacher_block": 13}, r"teacher_block=13 is beyond model.depth=12.*the paper uses 3 and 8"),
         ({"student_block": 9}, r"teacher_block=8 is before alignment.student_block=9"),
         ({"distance": "mse"}, r"'mse' is unknown; allowed: smooth_l1, l1, l2, cosine, cosine_tokens"),
         ({"beta": 0.0}, r"beta=0.0 must be above 0"),

@@ -9,7 +9,7 @@ from flax import nnx
 
 from sra_jax.models.mmdit import MMDiT, MMDiTConfig
 from sra_jax.models.stack import REMAT_POLICIES
-from sra_jax.models.transformer import unpatchify
+from sra_jax.models.transformer import Condition, unpatchify
 
 TINY = MMDiTConfig(
     input_size=8, channels=3, output_channels=5, patch=2, depth=4, width=24, heads=3, context_width=10, context_length=6
@@ -47,7 +47,7 @@ def plain(model, x, t, y):
     for block in [one(model.blocks, i) for i in range(model.config.depth - 1)] + [one(model.last_block, 0)]:
         tokens = block(tokens, condition)
         features.append(tokens[1])
-    return unpatchify(model.final(tokens[1], condition), model.config.patch), features
+    return unpatchify(model.final(tokens[1], Condition(condition)), model.config.patch), features
 
 
 @pytest.mark.parametrize("stop", [1, 3, 4])

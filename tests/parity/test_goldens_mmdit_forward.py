@@ -204,7 +204,7 @@ def test_mmdit_forward_layer_norm_epsilon(forward, main):
     condition = jax.nn.silu(jnp.asarray(arrays["cond/t_emb"]))
     tokens = (jnp.asarray(eps["ctx_small"]), jnp.asarray(eps["x_small"]))
     found = {
-        "final_tokens": main.model.final(tokens[1], condition),
+        "final_tokens": main.model.final(tokens[1], Condition(condition)),
         "last_x": main.block(main.shape.depth)(tokens, condition)[1],
     }
     for number in range(1, main.shape.depth):
