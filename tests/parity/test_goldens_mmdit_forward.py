@@ -12,7 +12,7 @@ from flax import nnx
 
 from sra_jax.interop import mmdit as interop
 from sra_jax.models.mmdit import INITIALISATIONS, MMDiT, MMDiTConfig
-from sra_jax.models.transformer import patchify, position_table, time_features
+from sra_jax.models.transformer import Condition, patchify, position_table, time_features
 
 TOLERANCE = 1e-5
 
