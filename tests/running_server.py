@@ -24,7 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 REQUEST_BYTES = 1 << 20
-LIBRARIES = ("clu.metric_writers", "tensorflow_datasets", "orbax.checkpoint", "matplotlib.pyplot", "sklearn.datasets")
+LIBRARIES = ("clu.metric_writers",)
 """What the project imports only where it needs it."""
 
 
@@ -34,7 +34,8 @@ def preload() -> None:
     import sra_jax
 
     for module in pkgutil.walk_packages(sra_jax.__path__, "sra_jax."):
-        importlib.import_module(module.name)
+        if not module.name.startswith("sra_jax.benchmarks."):  # which compare with packages that need not be there
+            importlib.import_module(module.name)
     for name in LIBRARIES:
         importlib.import_module(name)
     sys.path.remove(str(ROOT))

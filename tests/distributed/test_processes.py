@@ -5,15 +5,13 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 
 from sra_jax.distributed.processes import detect
-from tests.conftest import ROOT, TINY_DIGITS, command_environment, run
+from tests.conftest import TINY_DIGITS, run, start
 
 STEPS = 20
 HEARTBEAT = 20
@@ -24,31 +22,37 @@ COMMON = (
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """The same programs are compiled once for all runs here."""
-    return {
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+RESERVED = []
 
 
-def start_two(cache, *arguments, devices=4):
-    """Two processes of one run, with so many simulated devices each."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def reserve_port():
+    """A port for a coordinator. It stays bound here, so that nothing else on this machine is given it meanwhile; the
+    coordinator may still listen there, since both ask for a shared port, as gRPC does of itself."""
+    holder = socket.socket()
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    holder.bind(("127.0.0.1", 0))
+    RESERVED.append(holder)
+    return holder.getsockname()[1]
+
+
+def start_two(*arguments, devices=4):
+    """Two processes of one run, with so many simulated devices each.
+
+    Without the cache of compiled programs: JAX keeps those of process 0 alone, so that process 1 would compile while
+    process 0 waits for it, for no longer than Gloo's 30 seconds.
+    """
+    port = reserve_port()
     together = (f"--coordinator_address=127.0.0.1:{port}", "--num_processes=2")
     return [
-        subprocess.Popen(
-            [sys.executable, "main.py", *COMMON, *arguments, *together, f"--process_id={i}"], cwd=ROOT, text=True,
-            env=command_environment(devices) | cache, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        start(
+            "main.py", *COMMON, *arguments, *together, f"--process_id={i}", devices=devices,
+            environment={"JAX_ENABLE_COMPILATION_CACHE": "false"},
         )
         for i in range(2)
     ]  # fmt: skip
 
 
-def finish(running, seconds=300):
+def finish(running, seconds=600):
     """(exit code, stdout, stderr) of each; a process that does not end in time fails the test."""
     deadline = time.monotonic() + seconds
     results = []
@@ -88,10 +92,10 @@ def alone(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def together(tmp_path_factory, cache):
+def together(tmp_path_factory):
     """Two processes of four devices, the state split over both and twice held."""
     workdir = tmp_path_factory.mktemp("together")
-    first, second = finish(start_two(cache, "--config.mesh.fsdp=4", f"--workdir={workdir}"))
+    first, second = finish(start_two("--config.mesh.fsdp=4", f"--workdir={workdir}"))
     assert first[0] == second[0] == 0, (first, second)
     assert "8 cpu device(s)" in first[1]
     assert all(line.startswith("[Gloo]") for line in second[1].splitlines())  # process 0 speaks for all
@@ -123,13 +127,13 @@ def saved_steps(workdir):
 
 @pytest.mark.slow
 @pytest.mark.faults
-def test_killed_damaged_and_preempted(tmp_path, cache, alone):
+def test_killed_damaged_and_preempted(tmp_path, alone):
     """SIGKILL of one of two ends the other; a damaged checkpoint is passed over by both, though only one cannot read
     it; SIGTERM to one saves on both; and through all of it the losses are those of an undisturbed run."""
     workdir = tmp_path / "run"
     arguments = (f"--workdir={workdir}", "--config.mesh.fsdp=8", "--config.steps=100000")
 
-    running = start_two(cache, *arguments)
+    running = start_two(*arguments)
     wait_for(workdir / "checkpoints" / "16", running)
     os.kill(running[1].pid, signal.SIGKILL)
     (code, _, _), _ = finish(running, seconds=END_SECONDS)
@@ -139,7 +143,7 @@ def test_killed_damaged_and_preempted(tmp_path, cache, alone):
     for path in (workdir / "checkpoints" / str(newest) / "params").rglob("*"):
         if path.is_file() and "ocdbt.process_1" in str(path):
             path.write_bytes(b"")
-    running = start_two(cache, *arguments)
+    running = start_two(*arguments)
     wait_for(workdir / "checkpoints" / str(newest + 8), running)
     running[1].send_signal(signal.SIGTERM)
     (code, out, message), (other, _, _) = finish(running)
@@ -156,10 +160,7 @@ def test_killed_damaged_and_preempted(tmp_path, cache, alone):
 
 
 def test_sigterm_of_a_run_alone(tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "main.py", *COMMON, "--config.steps=100000", f"--workdir={tmp_path}"], cwd=ROOT, text=True,
-        env=command_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+    process = start("main.py", *COMMON, "--config.steps=100000", f"--workdir={tmp_path}")
     wait_for(tmp_path / "checkpoints" / "8", [process])
     process.send_signal(signal.SIGTERM)
     ((code, _, message),) = finish([process])

@@ -1,10 +1,6 @@
 """The FID Inception network and the metrics against torch-fidelity, with one set of random weights, on real images."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -20,8 +16,7 @@ from sra_jax.evaluation.kid import kernel_distance
 from sra_jax.interop.inception import convert_checkpoint, load_weights
 from sra_jax.interop.torch_file import read_torch_file
 from sra_jax.models.inception import Inception
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.conftest import run
 
 
 def photo_crops(size, count, start=0, pixels=128):
@@ -148,16 +143,13 @@ def test_end_to_end(kind, checkpoint, tmp_path):
         save_cpu_ram=True,  # no worker processes beside JAX's threads
         verbose=False,
     )
-    command = [
-        sys.executable,
-        str(ROOT / "tools" / "fid.py"),
+    finished = run(
+        "tools/fid.py",
         f"--samples={tmp_path / 'samples'}",
         f"--reference={tmp_path / 'reference'}",
         f"--weights={checkpoint}",
-    ]
-    environment = os.environ | {"SRA_JAX_CACHE": str(tmp_path / "cache")}
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert finished.returncode == 0, finished.stderr
+        environment={"SRA_JAX_CACHE": str(tmp_path / "cache")},
+    )
     result = json.loads(finished.stdout)
     assert result["fid"] == pytest.approx(expected["frechet_inception_distance"], rel=1e-3)
     assert result["inception_score"] == pytest.approx(expected["inception_score_mean"], rel=1e-3)

@@ -1,16 +1,12 @@
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests import running
 
 
 @pytest.fixture(scope="module")
@@ -31,14 +27,15 @@ def folder(tmp_path_factory):
     return folder
 
 
-def run(folder, *flags, devices=1):
-    environment = os.environ | {
+def run(folder, *flags, code=0, devices=1, fresh=False):
+    """The tool, started in the folder."""
+    environment = {
         "SRA_JAX_CACHE": str(folder / "cache"),
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "https_proxy": "http://127.0.0.1:9",  # nobody listens there: a machine without a network
     }
-    command = [sys.executable, str(ROOT / "tools" / "fid.py"), *flags]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    return running.run(
+        "tools/fid.py", *flags, code=code, devices=devices, environment=environment, folder=folder, fresh=fresh
+    )
 
 
 def test_classifier_on_digits_with_statistics_made_once(folder):
@@ -49,8 +46,8 @@ def test_classifier_on_digits_with_statistics_made_once(folder):
         "--make_reference=statistics.npz",
         "--extractor=classifier",
         "--json=result.json",
+        fresh=True,
     )
-    assert first.returncode == 0, first.stderr
     result = json.loads(first.stdout)
     assert json.loads((folder / "result.json").read_text()) == result
     assert list(result)[1:6] == ["fid", "inception_score", "precision", "recall", "accuracy"]
@@ -63,23 +60,20 @@ def test_classifier_on_digits_with_statistics_made_once(folder):
     # On four devices, from the statistics file, in other batches: the same numbers.
     flags = ("--samples=samples.npz", "--reference=statistics.npz", "--extractor=classifier", "--batch_size=50")
     second = run(folder, *flags, devices=4)
-    assert second.returncode == 0, second.stderr
     again = json.loads(second.stdout)
     assert again["extractor"] == result["extractor"]
     for name in ("fid", "inception_score", "precision", "recall", "accuracy"):
         assert again[name] == pytest.approx(result[name], rel=1e-4)
 
-    refused = run(folder, *flags, "--json=result.json")
-    assert refused.returncode == 2
+    refused = run(folder, *flags, "--json=result.json", code=2)
     assert "result.json exists and is not overwritten" in refused.stderr
-    refused = run(folder, "--samples=samples.npz", "--reference=statistics.npz", "--extractor=inception_random")
-    assert refused.returncode == 2
+    other = ("--samples=samples.npz", "--reference=statistics.npz", "--extractor=inception_random")
+    refused = run(folder, *other, code=2)
     assert "do not compare" in refused.stderr
 
 
 def test_inception_random_on_a_folder(folder):
     finished = run(folder, "--samples=photos", "--reference=photos", "--extractor=inception_random", "--batch_size=4")
-    assert finished.returncode == 0, finished.stderr
     result = json.loads(finished.stdout)
     assert result["fid"] < 1e-6
     assert result["sfid"] < 1e-6
@@ -103,7 +97,6 @@ def test_inception_random_on_a_folder(folder):
     ],
 )
 def test_bad_input(folder, flags, message):
-    finished = run(folder, *flags)
-    assert finished.returncode == 2, finished.stderr
+    finished = run(folder, *flags, code=2)
     assert re.search(f"error: .*({message})", finished.stderr)
     assert "Traceback" not in finished.stderr

@@ -1,13 +1,9 @@
 """The command as a user runs it, on folders of small images and a small autoencoder."""
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,21 +13,17 @@ from PIL import Image
 from sra_jax.data import latents, shards
 from sra_jax.data.images import centre_crop, read_image, to_array
 from sra_jax.interop import autoencoder as vae_interop
+from tests import running
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "prepare_latents.py"
-ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-
-
-def command(*arguments):
-    return [sys.executable, str(TOOL), *map(str, arguments)]
+TOOL = "tools/prepare_latents.py"
 
 
-def run(*arguments, code=0, **environment):
-    done = subprocess.run(
-        command(*arguments), capture_output=True, text=True, env=ENVIRONMENT | environment, timeout=300, check=False
-    )
-    assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done
+def run(*arguments, code=0, fresh=False):
+    return running.run(TOOL, *map(str, arguments), devices=2, code=code, fresh=fresh)
+
+
+def start(*arguments, **environment):
+    return running.start(TOOL, *map(str, arguments), devices=2, environment=environment)
 
 
 def config(folder):
@@ -58,7 +50,7 @@ def test_images_become_latents(image_folder, tiny_vae, flags, tmp_path):
     broken = image_folder / "dog" / "a.jpg"
     broken.write_bytes(broken.read_bytes()[:200])
     output = tmp_path / "out"
-    done = run(*flags, f"--output={output}", "--flip", "--shard_size=5", code=3)
+    done = run(*flags, f"--output={output}", "--flip", "--shard_size=5", code=3, fresh=True)
     assert f"skipped {broken}" in done.stderr
     assert "8 images encoded" in done.stdout
     assert "1 unreadable" in done.stdout
@@ -87,9 +79,7 @@ def test_a_killed_preparation_goes_on_to_the_same_bytes(flags, tmp_path):
     flags = [*flags, "--shard_size=1"]
     run(*flags, f"--output={tmp_path / 'whole'}")
     output = tmp_path / "killed"
-    process = subprocess.Popen(
-        command(*flags, f"--output={output}"), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = start(*flags, f"--output={output}")
     while process.poll() is None and not list((output / "progress").glob("0*.json")):
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
@@ -104,17 +94,9 @@ def test_two_processes_cover_the_set_once(flags, tmp_path):
     flags = [*flags, "--shard_size=2"]
     run(*flags, f"--output={tmp_path / 'whole'}")
     output = tmp_path / "shared"
-    processes = []
-    for i in range(2):
-        environment = ENVIRONMENT | {"SLURM_PROCID": str(i), "SLURM_STEP_NUM_TASKS": "2"}
-        process = subprocess.Popen(
-            command(*flags, f"--output={output}"),
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        processes.append(process)
+    processes = [
+        start(*flags, f"--output={output}", SLURM_PROCID=str(i), SLURM_STEP_NUM_TASKS="2") for i in range(2)
+    ]
     said = [process.communicate()[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     assert "3 images encoded by process 0 of 2" in said[0]
@@ -148,13 +130,8 @@ def test_bad_input_ends_before_any_work(image_folder, tiny_vae, flags, tmp_path)
         "has no config.json: download": [*flags, f"--output={output}", f"--vae={tmp_path / 'empty'}"],
         "no prepared latents at": ["--verify", f"--output={output}"],
     }
-    processes = {
-        message: subprocess.Popen(command(*arguments), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
-        for message, arguments in bad.items()
-    }
-    for message, process in processes.items():
-        stderr = process.communicate()[1]
-        assert process.returncode == 2, stderr
+    for message, arguments in bad.items():
+        stderr = run(*arguments, code=2).stderr
         assert re.search(f"error: .*{re.escape(message)}", stderr), stderr
         assert "Traceback" not in stderr
     assert not output.exists()
