@@ -111,12 +111,12 @@ class DualTimes(Method):
         return head_flops(shape)
 
     def draw(self, key: jax.Array, given: Draws, process: Process, shape: TransformerConfig) -> dict[str, jax.Array]:
-        """t (B,G) and groups (B,N), or t (B,) with one group; s, the teacher's times, (B,G) or (B,)."""
+        """t (B,G) and groups (B,N), or t (B,) with one group; s, the teacher's times, (B,G) or (B,); true labels."""
         time_key, order_key, whole_key, offset_key = jax.random.split(key, 4)
         first = given["t"]
         batch, groups = first.shape[0], self.groups
         if groups == 1:
-            return {"s": self._teacher_times(offset_key, first, process)}
+            return {"label": given["label"], "s": self._teacher_times(offset_key, first, process)}
         later = process.sample_time(time_key, batch * (groups - 1)).reshape(batch, groups - 1)
         t = jnp.concatenate([first[:, None], later], axis=1)
         if not self.dual_time:
@@ -126,7 +126,7 @@ class DualTimes(Method):
         whole = jax.random.uniform(whole_key, (batch, 1)) < self.whole_share
         return {
             "t": t, "groups": jnp.where(whole, groups - 1, of_token),
-            "s": self._teacher_times(offset_key, t, process),
+            "s": self._teacher_times(offset_key, t, process), "label": given["label"],
         }  # fmt: skip
 
     def _teacher_times(self, key: jax.Array, t: jax.Array, process: Process) -> jax.Array:
