@@ -27,7 +27,7 @@ HELP = ("--help", "-help", "--helpshort", "-h", "-?")
 HELP_FULL = ("--helpfull",)
 
 
-def run(main: Callable[[], int | None], argv: Sequence[str] | None = None) -> None:
+def run(main: Callable[[], int | None], argv: list[str] | None = None) -> None:
     """Parse the flags, call `main()` and exit with what it returns (None means 0).
 
     Args:

@@ -48,7 +48,7 @@ def _computes_on_cpu(environment: Mapping[str, str]) -> bool:
 
 def _library_can() -> bool:
     try:
-        name, version = os.confstr("CS_GNU_LIBC_VERSION").split()
+        name, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").split()
     except (AttributeError, OSError, ValueError):  # another system, another C library
         return False
     return name == "glibc" and tuple(int(part) for part in version.split(".")[:2]) >= _FIRST_GLIBC

@@ -121,6 +121,7 @@ def read() -> None:
             {"path": str(output), "image_size": 32, "channels": 4, "num_classes": source.num_classes, "vae": ""}
         )
         loaded = latents.load(data).source
+        assert isinstance(loaded, latents.LatentSource)
 
         def one_by_one(examples: latents.LatentSource = loaded) -> int:
             for batch in batches:

@@ -16,6 +16,8 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +46,7 @@ def define_flags() -> None:
 
 
 
-def peer_network():
+def peer_network() -> Callable[[np.ndarray], None] | None:
     """torch-fidelity's network with its initial weights, as a function of uint8 images (N,H,W,3); None without it."""
     if importlib.util.find_spec("torch_fidelity") is None:
         return None
@@ -52,14 +54,14 @@ def peer_network():
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     class Untrained(FeatureExtractorInceptionV3):
-        def load_state_dict(self, state_dict):
+        def load_state_dict(self, state_dict: Any) -> None:
             return None
 
     with tempfile.NamedTemporaryFile(suffix=".pth") as file:
         torch.save({}, file.name)
         network = Untrained("untrained", ["2048", "logits_unbiased"], file.name)
 
-    def run(images):
+    def run(images: np.ndarray) -> None:
         with torch.no_grad():
             network(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))
 
@@ -73,10 +75,12 @@ def measure_network() -> dict[str, float]:
     extractor = build_extractor("inception_random")
     parameters = jax.device_put(extractor.parameters)
     apply = jax.jit(extractor.apply)
-    networks = {"sra_jax": lambda images: jax.block_until_ready(apply(parameters, images))}
+    networks: dict[str, Callable[[np.ndarray], Any]] = {
+        "sra_jax": lambda images: jax.block_until_ready(apply(parameters, images))
+    }
     if (peer := peer_network()) is not None:
         networks["torch_fidelity"] = peer
-    speeds = {name: [] for name in networks}
+    speeds: dict[str, list[float]] = {name: [] for name in networks}
     for turn in range(FLAGS.rounds + 1):
         for name, network in networks.items():
             start = time.perf_counter()
@@ -95,7 +99,7 @@ def synthetic_extractor() -> Extractor:
     for name, size in sizes.items():
         parameters[name] = generator.standard_normal((hidden, size), dtype=np.float32) / hidden**0.5
 
-    def apply(parameters, images):
+    def apply(parameters: Mapping[str, jax.Array], images: jax.Array) -> dict[str, jax.Array]:
         x = images.reshape(len(images), -1).astype(jnp.float32) / 64 - 2
         x = jnp.tanh(x @ parameters["hidden"])
         return {name: jax.nn.relu(x @ parameters[name]) for name in sizes}
@@ -106,7 +110,7 @@ def synthetic_extractor() -> Extractor:
 def synthetic_images(count: int, seed: int) -> ImageSet:
     """Noise images (count,8,8,3), made as they are read."""
 
-    def read(batch_size):
+    def read(batch_size: int) -> Iterator[np.ndarray]:
         generator = np.random.default_rng(seed)
         for start in range(0, count, batch_size):
             yield generator.integers(0, 256, (min(batch_size, count - start), 8, 8, 3), dtype=np.uint8)
@@ -125,14 +129,14 @@ def measure_metrics() -> dict[str, object]:
     extractor = synthetic_extractor()
     seconds: dict[str, float] = {}
 
-    def timed(name, function):
+    def timed(name: str, function: Callable[[], Any]) -> Any:
         start = time.perf_counter()
         result = function()
         seconds[name] = time.perf_counter() - start
         print(f"{name}: {seconds[name]:.1f} s, peak so far {peak_gibibytes():.2f} GiB", file=sys.stderr)
         return result
 
-    def one(*metrics):
+    def one(*metrics: str) -> Callable[[], dict[str, float]]:
         return lambda: evaluate.metrics_of_features(pool, reference, metrics)
 
     images = synthetic_images(FLAGS.num_reference, 0)
@@ -143,8 +147,8 @@ def measure_metrics() -> dict[str, object]:
         "fid_sfid_inception_score",
         lambda: evaluate.measure(batches, reference, extractor, metrics=metrics, progress=False),
     )
-    batches = extract_features(synthetic_images(FLAGS.num_samples, 1).batches(256), extractor, progress=False)
-    pool = np.concatenate([batch["pool"] for batch, _ in batches])
+    again = synthetic_images(FLAGS.num_samples, 1).batches(256)
+    pool = np.concatenate([batch["pool"] for batch, _ in extract_features(again, extractor, progress=False)])
     result |= timed("precision_recall", one("precision", "recall"))
     result |= timed("kid", one("kid"))
     result |= timed("fid_infinity", one("fid_infinity"))
@@ -162,5 +166,5 @@ def metrics() -> None:
     _report("metrics", measure_metrics())
 
 
-def _report(job: str, result: dict[str, object]) -> None:
+def _report(job: str, result: Mapping[str, object]) -> None:
     print(json.dumps({"job": job, "device": jax.devices()[0].device_kind, **result}))

@@ -132,7 +132,7 @@ class Flow:
 class Gaussian:
     """DiT's DDPM: 1000 linear betas, learned range of variances, its bound's gradient stopped at the mean."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         beta = np.linspace(1e-4, 0.02, 1000)
         after = np.cumprod(1 - beta)
         before = np.append(1.0, after[:-1])
@@ -176,7 +176,7 @@ class Gaussian:
         return (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
 
 
-PROCESSES = {"interpolant": Flow, "gaussian": Gaussian}
+PROCESSES: dict[str, type[Flow] | type[Gaussian]] = {"interpolant": Flow, "gaussian": Gaussian}
 
 
 class PeerStep:

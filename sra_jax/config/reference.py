@@ -159,7 +159,7 @@ def comments_of_defaults() -> dict[str, str]:
     }  # lines on which an expression starts
 
     def meaning(line: int) -> str:
-        above = []
+        above: list[str] = []
         while (line - 1 - len(above)) in comments and (line - 1 - len(above)) not in code:
             above.append(comments[line - 1 - len(above)])
         return " ".join([*reversed(above), *([comments[line]] if line in comments else [])])
@@ -170,7 +170,7 @@ def comments_of_defaults() -> dict[str, str]:
         for key, value in zip(node.keys, node.values, strict=True):
             if not isinstance(key, ast.Constant):  # **defaults of a family
                 continue
-            name = f"{prefix}{key.value}"
+            name = f"{prefix}{key.value!s}"
             if isinstance(value, ast.Dict):
                 read(value, f"{name}.")
             elif not (text := meaning(key.lineno)):

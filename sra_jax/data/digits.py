@@ -20,7 +20,7 @@ LEVELS = 16
 class Digits:
     """Random access to the scans: `image` (8,8,1) uint8 in 0..16 and `label` () int32."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         scans, labels = load_digits(return_X_y=True)
         self.images = scans.reshape(-1, 8, 8, 1).astype(np.uint8)
         self.labels = labels.astype(np.int32)
@@ -63,4 +63,4 @@ def example_from_image(data: Any, picture: Image.Image) -> Example:
     """Any square picture as 8x8 grey levels 0..16, light strokes on dark as in the scans."""
     del data
     grey = np.asarray(picture.convert("L").resize((8, 8), Image.Resampling.BOX), np.float32)
-    return {"image": np.round(grey * (LEVELS / 255)).astype(np.uint8)[..., None], "label": np.int32(0)}
+    return {"image": np.round(grey * (LEVELS / 255)).astype(np.uint8)[..., None], "label": np.zeros((), np.int32)}

@@ -172,7 +172,7 @@ def example_from_image(data: Any, picture: Image.Image) -> Example:
     vae = _vae(data)
     pixels = to_array(centre_crop(picture.convert("RGB"), data.image_size * vae.config.downsampling), 3)
     mean, std = vae.encode(jnp.asarray(pixels[None], jnp.float32) / 127.5 - 1)
-    return {"mean": np.asarray(mean[0]), "std": np.asarray(std[0]), "label": np.int32(0)}
+    return {"mean": np.asarray(mean[0]), "std": np.asarray(std[0]), "label": np.zeros((), np.int32)}
 
 
 def _vae(data: Any) -> Autoencoder:
@@ -180,7 +180,7 @@ def _vae(data: Any) -> Autoencoder:
     manifest = _manifest(data) if data.path else None
     if not data.vae and manifest is None:
         raise UserError("neither data.vae nor data.path is given: one of them must say which VAE decodes the latents")
-    vae = vae_interop.load(data.vae or manifest.vae_name)
+    vae = vae_interop.load(data.vae or (manifest.vae_name if manifest else ""))
     if manifest is not None:
         for field in ("latent_channels", "scaling_factor", "shift_factor"):
             _check_same(field, vae.config, manifest.vae_config, vae.name, data.path)

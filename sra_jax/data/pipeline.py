@@ -2,7 +2,7 @@
 
 import functools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import grain
 import numpy as np
@@ -57,7 +57,7 @@ class _Batches:
 def batches(
     source: ExampleSource, *, batch_size: int, seed: int, rows: Sequence[int], start: int = 0, workers: int = 0,
     threads: int = READ_THREADS,
-) -> Iterator[dict[str, np.ndarray]]:
+) -> grain.DatasetIterator:
     """Batches `start`, `start` + 1, ... of this process.
 
     The examples of all epochs form one sequence, epoch by epoch in the order of `epoch_order`; global batch k is its
@@ -75,7 +75,7 @@ def batches(
       threads: threads that read, in each process.
 
     Returns:
-      An endless iterator over dicts of arrays (len(rows), ...).
+      An endless iterator over dicts of arrays (len(rows), ...); `close()` ends its threads and processes.
     """
     stream = grain.MapDataset.source(_Batches(source, batch_size, seed, rows))[start:].to_iter_dataset(
         grain.ReadOptions(num_threads=threads, prefetch_buffer_size=PREFETCH_BATCHES)

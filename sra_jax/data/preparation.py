@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
 import jax
@@ -126,7 +126,7 @@ def load_ahead(
         except UnreadableImageError as error:
             return item, error
 
-    waiting = collections.deque()
+    waiting: collections.deque[Future[tuple[Item, np.ndarray | UnreadableImageError]]] = collections.deque()
     for item in items:
         waiting.append(executor.submit(attempt, item))
         if len(waiting) > ahead:

@@ -148,7 +148,7 @@ def read_records(files: Sequence[RecordFile], records: np.ndarray, parts: Sequen
 
 def _rows(part: np.ndarray) -> list[memoryview]:
     """Each row of a contiguous array (N, bytes) uint8 as a buffer to write to."""
-    view, size = memoryview(part.reshape(-1)), part.shape[1]
+    view, size = memoryview(part.reshape(-1).data), part.shape[1]
     return [view[start : start + size] for start in range(0, len(view), size)]
 
 

@@ -332,8 +332,8 @@ class ShardWriter:
         Returns:
           Whether all shards are done.
         """
-        results = [self.done(index) for index in range(self.count)]
-        if any(result is None for result in results):
+        results = [done for index in range(self.count) if (done := self.done(index)) is not None]
+        if len(results) < self.count:
             return False
         shards = tuple(shard for shard, _ in results)
         skipped = tuple(item for _, items in results for item in items)

@@ -27,7 +27,7 @@ class Synthetic:
             raise IndexError(index)
         generator = np.random.default_rng(index)
         label = generator.integers(self.num_classes, dtype=np.int32)
-        return {"latent": generator.standard_normal(self.shape, dtype=np.float32), "label": np.int32(label)}
+        return {"latent": generator.standard_normal(self.shape, dtype=np.float32), "label": np.asarray(label)}
 
 
 def encode(batch: Mapping[str, jax.Array], key: Any) -> jax.Array:

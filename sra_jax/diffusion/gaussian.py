@@ -11,6 +11,7 @@ import functools
 import math
 import numbers
 from collections.abc import Sequence
+from typing import TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +54,7 @@ class Coefficients:
     posterior_mean_coef1: np.ndarray
     posterior_mean_coef2: np.ndarray
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         # The tables of a process are computed once and shared by all who ask.
         for field in dataclasses.fields(self):
             getattr(self, field.name).setflags(write=False)
@@ -105,7 +106,7 @@ class GaussianDiffusion:
     variance: str = "learned_range"
     teacher_time_min: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
             raise UserError(f"process.schedule={self.schedule!r} is unknown; allowed: {', '.join(SCHEDULES)}")
         if self.variance not in VARIANCES:
@@ -367,14 +368,15 @@ def respaced_timesteps(num_steps: int, steps: int | str | Sequence[int]) -> np.n
 
 def _section_counts(steps: int | str | Sequence[int]) -> list[int]:
     if isinstance(steps, str):
-        parts = [int(part) if part.strip().isdecimal() else None for part in steps.split(",")]
+        parts: list[object] = [int(part) if part.strip().isdecimal() else None for part in steps.split(",")]
     elif isinstance(steps, Sequence):
         parts = list(steps)
     else:
         parts = [steps]
-    if not parts or not all(_is_integer(part) and part >= 1 for part in parts):
+    counts = [int(part) for part in parts if _is_integer(part) and part >= 1]
+    if not parts or len(counts) < len(parts):
         raise _unreadable(steps)
-    return [int(part) for part in parts]
+    return counts
 
 
 def _strided_timesteps(num_steps: int, steps: str) -> np.ndarray:
@@ -401,5 +403,5 @@ def _unreadable(steps: object) -> UserError:
     )
 
 
-def _is_integer(value: object) -> bool:
+def _is_integer(value: object) -> TypeGuard[int]:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)

@@ -37,7 +37,7 @@ class Interpolant:
     time_extent: ClassVar[float] = 1.0
     teacher_time_min: ClassVar[float] = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.path not in PATHS:
             raise UserError(f"process.path={self.path!r} is unknown; allowed: {', '.join(PATHS)}")
         if self.time_distribution not in TIME_DISTRIBUTIONS:

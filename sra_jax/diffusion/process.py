@@ -12,8 +12,9 @@ Denoiser = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 class Process(Protocol):
     """A forward noise process with its training loss and its samplers. Pure functions; instances are hashable."""
 
-    time_extent: float
-    """The noisiest time, to which fractions of the time range refer: 1 for a flow, the number of steps for DDPM."""
+    @property
+    def time_extent(self) -> float:
+        """The noisiest time, to which fractions of the time range refer: 1 for a flow, the number of steps for DDPM."""
 
     teacher_time_min: float
     """The least noisy time that a teacher is shown; a student below it may meet a noisier teacher."""

@@ -12,7 +12,7 @@ from sra_jax.diffusion.interpolant import Interpolant
 from sra_jax.diffusion.process import Process
 from sra_jax.errors import UserError
 
-PROCESSES: dict[str, Callable[..., Process]] = {
+PROCESSES: dict[str, type[Any]] = {
     "interpolant": Interpolant,
     "gaussian": GaussianDiffusion,
 }
@@ -31,7 +31,7 @@ class Sampler:
 
     process: str
     sample: Callable[..., jax.Array]
-    check: Callable[[Process, Any], None]
+    check: Callable[[Any, Any], None]
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 

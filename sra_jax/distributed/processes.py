@@ -138,7 +138,7 @@ class Preemption:
     As a context manager it takes over SIGTERM; a second SIGTERM ends the process at once.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._told = False
         self._alone = jax.process_count() == 1
         self._before: Any = None

@@ -108,7 +108,7 @@ def placement(mesh: Mesh, dtype: Any) -> Placement:
         return rows(jax.lax.with_sharding_constraint(x, NamedSharding(mesh, layout("modulation", x.shape, mesh))))
 
     def block(params: Any) -> Any:
-        def gather(path: Sequence[Any], x: jax.Array) -> jax.Array:
+        def gather(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
             name = path_name(path)
             spec = layout(f"blocks/{name}", (1, *x.shape), mesh)
             if name.endswith("modulation/kernel"):
@@ -142,7 +142,7 @@ def _gather(x: jax.Array, split: P, mesh: Mesh) -> jax.Array:
     return gather(x)
 
 
-def path_name(path: Sequence[Any]) -> str:
+def path_name(path: tuple[Any, ...]) -> str:
     """A tree path as "a/b/c"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
@@ -158,7 +158,7 @@ def process_rows(mesh: Mesh, batch_size: int) -> list[int]:
     """Rows of the global batch that lie on this process's devices, in the order in which they are put there."""
     sharding = batch_sharding(mesh)
     slices = sharding.addressable_devices_indices_map((batch_size,)).values()
-    starts = sorted({(s[0].start or 0, s[0].stop or batch_size) for s in slices})
+    starts = sorted({(s.start or 0, s.stop or batch_size) for index in slices if index for s in index[:1]})
     return [row for start, stop in starts for row in range(start, stop)]
 
 
@@ -172,7 +172,7 @@ def put_rows(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array
     """A global batch that every process holds whole -> global arrays split over the mesh."""
     split = batch_sharding(mesh)
     return {
-        name: jax.make_array_from_callback(array.shape, split, lambda index, array=array: array[index])
+        name: jax.make_array_from_callback(array.shape, split, array.__getitem__)
         for name, array in batch.items()
     }
 

@@ -23,10 +23,10 @@ def squared_mmd(first: np.ndarray, second: np.ndarray) -> float:
     """
     first, second = np.asarray(first, np.float64), np.asarray(second, np.float64)
 
-    def kernel(x, y):
+    def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return (x @ y.T / x.shape[1] + 1) ** 3
 
-    def mean_of_pairs(x):
+    def mean_of_pairs(x: np.ndarray) -> float:
         matrix = kernel(x, x)
         return (matrix.sum() - np.trace(matrix)) / (len(x) * (len(x) - 1))
 

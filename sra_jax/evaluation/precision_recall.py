@@ -1,6 +1,7 @@
 """Improved precision and recall (Kynkaanniemi et al., arXiv 1904.06991, equations 1 and 2), blocks on the device."""
 
 import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -46,7 +47,10 @@ def _squared_distances(rows: jax.Array, row_norms: jax.Array, columns: jax.Array
 
 
 @jax.jit
-def _keep_smallest(smallest, rows, row_norms, columns, column_norms, count):
+def _keep_smallest(
+    smallest: jax.Array, rows: jax.Array, row_norms: jax.Array, columns: jax.Array, column_norms: jax.Array,
+    count: jax.Array | int,
+) -> jax.Array:
     """Merges distances to the first `count` columns into each row's sorted list of smallest ones, (R,k) -> (R,k)."""
     distances = _squared_distances(rows, row_norms, columns, column_norms)
     distances = jnp.where(jnp.arange(len(columns)) < count, distances, jnp.inf)
@@ -54,13 +58,16 @@ def _keep_smallest(smallest, rows, row_norms, columns, column_norms, count):
 
 
 @jax.jit
-def _cover(rows, row_norms, row_radii, columns, column_norms, column_radii):
+def _cover(
+    rows: jax.Array, row_norms: jax.Array, row_radii: jax.Array, columns: jax.Array, column_norms: jax.Array,
+    column_radii: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
     """Which rows lie within the radius of any column, and which columns within that of any row: (R,), (C,) bool."""
     distances = _squared_distances(rows, row_norms, columns, column_norms)
     return (distances <= column_radii).any(axis=1), (distances <= row_radii[:, None]).any(axis=0)
 
 
-def _blocks(features: np.ndarray, block: int):
+def _blocks(features: np.ndarray, block: int) -> Iterator[tuple[slice, np.ndarray]]:
     for start in range(0, len(features), block):
         yield slice(start, start + block), pad_rows(features[start : start + block], block)
 

@@ -17,10 +17,10 @@ class Moments:
     wait until there are BLOCK of them: adding to a (D,D) matrix costs the same for few as for many.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._seen = 0
-        self._mean: np.ndarray | None = None  # (D,)
-        self._scatter: np.ndarray | None = None  # (D,D), sum over vectors of (x - mean)(x - mean)^T
+        self._mean = np.empty(0)  # (D,), from the first block on
+        self._scatter = np.empty(0)  # (D,D), sum over vectors of (x - mean)(x - mean)^T
         self._waiting: list[np.ndarray] = []
 
     @property

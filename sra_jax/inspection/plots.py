@@ -62,8 +62,8 @@ def token_figure(
     """
     rows, columns = len(blocks) + 1, len(levels)
     figure = plt.figure(figsize=(0.9 * columns * len(maps) + 0.8, 0.9 * rows + 0.7), layout="constrained")
-    parts = np.atleast_1d(figure.subfigures(1, len(maps)))
-    for part, (name, pictures) in zip(parts, maps.items(), strict=True):
+    parts = figure.subfigures(1, len(maps), squeeze=False)
+    for part, (name, pictures) in zip(parts[0], maps.items(), strict=True):
         part.suptitle(name, fontsize=10)
         grid = part.subplots(rows, columns, squeeze=False)
         for (row, column), axes in np.ndenumerate(grid):

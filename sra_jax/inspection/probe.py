@@ -50,8 +50,8 @@ def probe(train: FeatureSet, test: FeatureSet, num_classes: int, schedule: Sched
     Returns:
       Top-1 accuracy (levels, blocks), float64 in [0, 1].
     """
-    mean, variance = _moments(train)
-    mean, scale = jnp.asarray(mean), jnp.asarray(1 / np.sqrt(variance + NORM_EPSILON))
+    average, variance = _moments(train)
+    mean, scale = jnp.asarray(average), jnp.asarray(1 / np.sqrt(variance + NORM_EPSILON))
     batch_size = min(schedule.batch_size, max(1, len(train) // STEPS_PER_EPOCH))
     steps = len(train) // batch_size
     optimizer = optax.adam(optax.cosine_decay_schedule(schedule.learning_rate, schedule.epochs * steps))

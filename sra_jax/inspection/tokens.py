@@ -10,6 +10,7 @@ Every file appears whole, so that a pass that was interrupted goes on where it s
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -152,7 +153,7 @@ class _Chosen:
 
     def __getitem__(self, position: int) -> dict[str, np.ndarray]:
         index = int(self._indices[position])
-        return {**self._source[index], "index": np.int32(index)}
+        return {**self._source[index], "index": np.asarray(index, np.int32)}
 
 
 class FeatureSet:
@@ -224,8 +225,8 @@ def extract_to_disk(
             bar.update(len(part) if (folder / f"labels_{shard:05d}.npy").exists() else 0)
             if not (folder / f"labels_{shard:05d}.npy").exists():  # written after its features
                 features, labels = _extract_shard(extract, model, dataset, part, batch_size, bar)
-                _write(folder / f"features_{shard:05d}.npy", lambda file, array=features: np.save(file, array))
-                _write(folder / f"labels_{shard:05d}.npy", lambda file, array=labels: np.save(file, array))
+                _write(folder / f"features_{shard:05d}.npy", functools.partial(np.save, arr=features))
+                _write(folder / f"labels_{shard:05d}.npy", functools.partial(np.save, arr=labels))
     return FeatureSet(folder)
 
 

@@ -40,10 +40,12 @@ class TensorFile(Protocol):
 
     path: Path
     shapes: Shapes
-    groups: tuple[str, ...]
     arguments: Mapping[str, Any]
     step: int
     moment_step: int
+
+    @property
+    def groups(self) -> tuple[str, ...]: ...
 
     def read(self, group: str, names: Sequence[str]) -> list[np.ndarray]:
         """Tensors of a group as float32 arrays of their own memory."""

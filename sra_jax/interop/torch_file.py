@@ -6,12 +6,12 @@ with an unpickler that knows tensors and dictionaries and nothing else, so a fil
 
 import collections
 import dataclasses
-import math
 import pickle
 import struct
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import ml_dtypes
 import numpy as np
@@ -20,7 +20,7 @@ from sra_jax.errors import UserError
 
 LEGACY_MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
 
-STORAGE_DTYPES = {
+STORAGE_DTYPES: dict[str, Any] = {
     "DoubleStorage": np.float64,
     "FloatStorage": np.float32,
     "HalfStorage": np.float16,
@@ -51,7 +51,7 @@ class _Tensor:
 
     def array(self) -> np.ndarray:
         values = self.storage.values
-        if values is None or (math.prod(self.shape) and self._last() >= values.size):
+        if values is None or (0 not in self.shape and self._last() >= values.size):
             raise ValueError("a tensor reaches beyond its storage")
         strides = [stride * values.itemsize for stride in self.strides]
         return np.lib.stride_tricks.as_strided(values[self.offset :], self.shape, strides).copy()
@@ -60,16 +60,16 @@ class _Tensor:
         return self.offset + sum((n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True))
 
 
-def _rebuild_tensor(storage, offset, shape, strides, *_):
+def _rebuild_tensor(storage: _Storage, offset: int, shape: Sequence[int], strides: Sequence[int], *_: Any) -> _Tensor:
     return _Tensor(storage, offset, tuple(shape), tuple(strides))
 
 
-def _rebuild_parameter(tensor, *_):
+def _rebuild_parameter(tensor: _Tensor, *_: Any) -> _Tensor:
     return tensor
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: BinaryIO):
+    def __init__(self, file: IO[bytes]):
         super().__init__(file, encoding="utf-8")
         self.storages: dict[str, _Storage] = {}
 

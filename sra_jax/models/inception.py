@@ -14,7 +14,7 @@ are one convolution: `pointwise`. The pooling branch is part of it, because aver
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -89,9 +89,10 @@ class Convolution(nnx.Conv):
         padding = [(0, 1), (0, 1)] if valid else "SAME"
         super().__init__(inputs, outputs, size, stride, padding=padding, precision=PRECISION, rngs=nnx.Rngs(0))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        height, width = ((n - lost - 1) // self.stride + 1 for n, lost in zip(x.shape[1:3], self.lost, strict=True))
-        return super().__call__(x)[:, :height, :width]
+    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+        sizes = zip(inputs.shape[1:3], self.lost, strict=True)
+        height, width = ((n - lost - 1) // self.stride + 1 for n, lost in sizes)
+        return super().__call__(inputs, out_sharding)[:, :height, :width]
 
 
 def _pointwise(inputs: int, outputs: int) -> nnx.Linear:
@@ -116,13 +117,13 @@ def _max_pool(x: jax.Array, stride: int = 2) -> jax.Array:
 def _average_pool(x: jax.Array) -> jax.Array:
     """3x3 mean with stride 1 over the pixels that exist: (N,H,W,C) -> (N,H,W,C)."""
 
-    def pixels(length):
+    def pixels(length: int) -> np.ndarray:
         return np.convolve(np.ones(length, np.float32), np.ones(3, np.float32), mode="same")
 
     count = pixels(x.shape[1])[:, None] * pixels(x.shape[2])
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     for axis in (2, 1):
-        x = sum(_three(x, axis, 1))
+        x = functools.reduce(jnp.add, _three(x, axis, 1))
     return x / count[:, :, None]
 
 
@@ -192,7 +193,7 @@ class BlockC(nnx.Module):
 class BlockD(nnx.Module):
     """Mixed 7a: (N,17,17,768) -> (N,8,8,1280)."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.widths = (192, 192)
         self.pointwise = _pointwise(768, sum(self.widths))
         self.branch3x3_2 = Convolution(192, 320, 3, stride=2, valid=True)
@@ -251,7 +252,7 @@ class Inception(nnx.Module):
     of `sra_jax.interop.inception`.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.conv2d_1a_3x3 = Convolution(3, 32, 3, stride=2, valid=True)
         self.conv2d_2a_3x3 = Convolution(32, 32, 3, valid=True)
         self.conv2d_2b_3x3 = Convolution(32, 64, 3)

@@ -55,6 +55,17 @@ class Instruction:
         found = re.search(rf"\b{key}=%?([\w.\-]+)", self.rest)
         return found and found[1]
 
+    def needed(self, key: str) -> str:
+        """`attribute` where the text must have it.
+
+        Raises:
+          ValueError: it has not.
+        """
+        value = self.attribute(key)
+        if value is None:
+            raise ValueError(f"{self.name} ({self.opcode}) has no {key}: {self.rest[:200]}")
+        return value
+
 
 @dataclasses.dataclass
 class Cost:
@@ -69,7 +80,7 @@ class Cost:
 
     flops: float = 0.0
     kernels: list[tuple[float, float]] = dataclasses.field(default_factory=list)
-    sent: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    sent: dict[str, float] = dataclasses.field(default_factory=lambda: collections.defaultdict(float))
     unknown_loops: int = 0
 
     @property
@@ -118,12 +129,12 @@ class Program:
             if opcode == "while":
                 trips = self.trip_count(instruction, body)
                 cost.unknown_loops += trips is None
-                self._add(instruction.attribute("body"), runs * (trips or 1), cost, chained)
+                self._add(instruction.needed("body"), runs * (trips or 1), cost, chained)
             elif opcode == "conditional":
                 for branch in _branches(instruction)[:1]:
                     self._add(branch, runs, cost, chained)
             elif opcode == "call":
-                self._add(instruction.attribute("to_apply"), runs, cost, chained)
+                self._add(instruction.needed("to_apply"), runs, cost, chained)
             elif opcode not in FREE:
                 flops = self._flops(instruction, body)
                 cost.flops += runs * flops
@@ -221,7 +232,7 @@ class Program:
         """How often a loop runs, or None where the text does not say."""
         if known := re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', loop.rest):
             return int(known[1])
-        condition = self.computations[loop.attribute("condition")]
+        condition = self.computations[loop.needed("condition")]
         root = next(i for i in condition.values() if i.root)
         if root.opcode != "compare" or "direction=LT" not in root.rest:
             return None
@@ -229,9 +240,9 @@ class Program:
         stop = _constant(limit)
         if stop is None or counter.opcode != "get-tuple-element":
             return None
-        index = int(counter.attribute("index"))
+        index = int(counter.needed("index"))
         start = _resolve(body, loop.operands[0], index)
-        step = self._step(loop.attribute("body"), index)
+        step = self._step(loop.needed("body"), index)
         return None if start is None or not step else -(-(stop - start) // step)
 
     def _step(self, name: str, index: int) -> int | None:
@@ -309,7 +320,7 @@ def _resolve(body: Mapping[str, Instruction], name: str, index: int) -> int | No
 def _branches(instruction: Instruction) -> list[str]:
     if found := re.search(r"branch_computations=\{([^}]*)\}", instruction.rest):
         return _OPERAND.findall(found[1])
-    return [instruction.attribute("true_computation")]
+    return [instruction.needed("true_computation")]
 
 
 def _is_sliced(instruction: Instruction, body: Mapping[str, Instruction]) -> bool:
@@ -342,7 +353,10 @@ def group_size(attributes: str) -> int:
 
 def _convolution_flops(instruction: Instruction, body: Mapping[str, Instruction]) -> float:
     """Multiplications that touch data: TPU programs write batched products as convolutions over mostly holes."""
-    lhs_labels, rhs_labels, out_labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.rest).groups()
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.rest)
+    if labels is None:
+        raise ValueError(f"{instruction.name} does not say which of its dimensions are which: {instruction.rest[:200]}")
+    lhs_labels, rhs_labels, out_labels = labels.groups()
     lhs, rhs = (body[name].arrays[0].shape for name in instruction.operands[:2])
     out = instruction.arrays[0].shape
     options = re.search(r"window=\{([^}]*)\}", instruction.rest)

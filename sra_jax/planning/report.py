@@ -141,14 +141,14 @@ def _measure(lowered: jax.stages.Lowered, wanted: Slice) -> Report:
         program = lowered.compile()
     except Exception as error:
         return _refused(error)
-    memory = program.memory_analysis()
+    memory: Any = program.memory_analysis()
     parts = {
         "arguments": memory.argument_size_in_bytes,
         "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
         "code": memory.generated_code_size_in_bytes,
     }
-    cost = compiled.Program(program.as_text()).cost()
+    cost = compiled.Program(program.as_text() or "").cost()
     kernels = cost.kernel_seconds(chip.peak_flops, chip.memory_bandwidth)
     links = sum(cost.sent.values()) / chip.link_bandwidth
     return {

@@ -82,7 +82,7 @@ class Search:
         return needed <= limit
 
     def _state_bytes(self, mesh: Mapping[str, int]) -> int:
-        config = without_data(with_settings(self._config, mesh | {"accumulation": 1}))
+        config = without_data(with_settings(self._config, {**mesh, "accumulation": 1}))
         return sum(state_bytes(build(config, describe_devices(self._wanted))[0]).values())
 
     def _refine(self, mesh: Mapping[str, int], remat: str) -> None:

@@ -38,7 +38,8 @@ def read_tree(file: TensorFile, group: str, contents: Contents) -> Tree:
 
     The original SiT's tensors are changed to our time and velocity; its moments cannot be.
     """
-    network, tree = contents.network, {}
+    network = contents.network
+    tree: Tree = {}
     for path, names in leaves(network.depth, contents.head):
         tensors = _read_few(file, group, names)
         if contents.family == "sit_original":

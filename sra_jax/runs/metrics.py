@@ -4,6 +4,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+
 from sra_jax import files
 
 FILE = "metrics.jsonl"
@@ -48,7 +50,7 @@ class Writer:
         self._file.flush()
         self._events.write_scalars(step, dict(values))
 
-    def image(self, step: int, name: str, picture) -> None:
+    def image(self, step: int, name: str, picture: np.ndarray) -> None:
         """A picture (H,W,C) uint8 among the events."""
         self._events.write_images(step, {name: picture[None]})
 

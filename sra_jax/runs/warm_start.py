@@ -1,9 +1,11 @@
 """Beginning a new run from the weights of another: fine-tuning, or SRA on top of a trained baseline."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from sra_jax import config as config_lib
@@ -49,7 +51,9 @@ def start_from(config: ConfigDict, state: TrainState) -> tuple[TrainState, str]:
             f"--config.init_from={workdir} holds a model of other shapes:\n  " + "\n  ".join(wrong[:5])
             + "\nGive this run the model, data.channels, data.num_classes and process of that one"
         )  # fmt: skip
-    layout = sharding.state_shardings(shapes, state.step.sharding.mesh)
+    placed = state.step.sharding
+    assert isinstance(placed, NamedSharding) and isinstance(placed.mesh, Mesh), "a state lies on a mesh"
+    layout = sharding.state_shardings(shapes, placed.mesh)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, layout)
     checkpoints = Checkpoints(workdir, read_only=True)
     try:
@@ -60,4 +64,4 @@ def start_from(config: ConfigDict, state: TrainState) -> tuple[TrainState, str]:
     params = {name: taken.get(name, own) for name, own in state.params.items()}
     head = " and its head" if "head" in taken and "head" in params else ""
     message = f"starting from the EMA{head} of step {step} in {workdir}"
-    return state.replace(params=params, ema=jax.tree.map(jnp.copy, params)), message
+    return dataclasses.replace(state, params=params, ema=jax.tree.map(jnp.copy, params)), message

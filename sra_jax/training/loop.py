@@ -54,7 +54,7 @@ class Program:
     networks: Networks
     state: TrainState
     init: Callable[[jax.Array], TrainState]
-    train_step: Callable[[TrainState, Mapping[str, jax.Array]], tuple[TrainState, Metrics]]
+    train_step: jax.stages.Wrapped
 
 
 def build(config: ConfigDict, mesh: Mesh, dataset: Dataset, steps: int) -> Program:
