@@ -29,10 +29,14 @@ Examples:
     # two sample photographs, for a first try
     python tools/prepare_latents.py --source=sklearn:photos --output=/tmp/photos --vae=/models/sd-vae-ft-ema
 
+    # features of an external encoder beside the latents, for REPA: one array (tokens, channels) an example
+    python tools/prepare_latents.py --features=/data/dinov2 --output=/data/latents256
+
     # read every shard and compare checksums
     python tools/prepare_latents.py --verify --output=/data/latents256
 """
 
+import dataclasses
 import os
 import pathlib
 import sys
@@ -51,7 +55,7 @@ from absl import flags
 from tqdm import tqdm
 
 from sra_jax import cli, files, values
-from sra_jax.data import shards
+from sra_jax.data import features, shards
 from sra_jax.data.image_sources import open_images
 from sra_jax.data.moments import MomentsFolder
 from sra_jax.data.preparation import ImageEncoder, MomentsCopier, prepare
@@ -84,7 +88,24 @@ cli.whole_flag(
 )  # fmt: skip
 cli.whole_flag("process_index", None, "Which of the processes this is, from 0; by default found out.", 0, 99_999)
 cli.whole_flag("process_count", None, "Over how many processes the shards are split; by default found out.", 1, 100_000)
+flags.DEFINE_list(
+    "features", None,
+    "Store an encoder's features beside the latents in --output: a folder of .npy files (tokens, channels), one an "
+    "example in the source's order, or one .npy file (examples, tokens, channels); several encoders with commas.",
+)
 flags.DEFINE_bool("verify", False, "Only check the shards in --output against their checksums.")
+
+
+def store_features() -> int:
+    """Store --features beside the latents in --output; the exit code."""
+    stored = features.store(
+        FLAGS.output, FLAGS.features, lambda numbers: tqdm(numbers, unit="example", dynamic_ncols=True)
+    )
+    print(
+        f"{FLAGS.output}: features of {stored.tokens} tokens, widths {','.join(map(str, stored.widths))}; train with "
+        f"--config.method.name=repa --config.method.repa.widths={','.join(map(str, stored.widths))}"
+    )
+    return 0
 
 
 def processes() -> tuple[int, int]:
@@ -101,13 +122,17 @@ def processes() -> tuple[int, int]:
 def verify() -> int:
     """Check every shard of --output; the exit code."""
     manifest = shards.read_manifest(FLAGS.output)
-    problems = shards.damaged_shards(FLAGS.output, manifest, lambda s: tqdm(s, unit="shard", disable=None))
+    stored = features.read(FLAGS.output)
+    files_of = dataclasses.replace(manifest, shards=manifest.shards + (stored.shards if stored else ()))
+    problems = shards.damaged_shards(FLAGS.output, files_of, lambda s: tqdm(s, unit="shard", disable=None))
     for problem in problems:
         print(problem, file=sys.stderr)
     if problems:
-        print(f"{len(problems)} of {len(manifest.shards)} shards are damaged. {shards.REPAIR}", file=sys.stderr)
+        print(f"{len(problems)} of {len(files_of.shards)} shards are damaged. {shards.REPAIR}", file=sys.stderr)
         return EXIT_DAMAGED
     print(f"{len(manifest.shards)} shards with {manifest.examples} examples are whole")
+    if stored is not None:
+        print(f"so are the {len(stored.shards)} shards of their features")
     return 0
 
 
@@ -133,6 +158,8 @@ def main() -> int:
         raise UserError("--output is missing: the folder for the latents")
     if FLAGS.verify:
         return verify()
+    if FLAGS.features:
+        return store_features()
     if not FLAGS.source:
         raise UserError("--source is missing, for example --source=imagefolder:/data/train")
     files.check_output("--output", FLAGS.output, folder=True)

@@ -31,7 +31,7 @@ class JaxSide:
 
         self._jax = jax
         self._config = config_lib.from_json(config_json)
-        self._dataset = registry.load(self._config.data)
+        self._dataset = registry.training_set(self._config)
         self._mesh = sharding.make_mesh(config_lib.mesh_shape(self._config, jax.device_count()))
         self._runs: dict[str, list[Any]] = {}
         side = np.ones((MATMUL, MATMUL), np.float32)

@@ -31,6 +31,8 @@ class Dataset:
         is a dict of stacked examples, `key` gives randomness for the whole global batch (posterior sampling). Sets
         that need no randomness ignore the key.
       class_names: one name a class, or None.
+      stable_diffusion: whether the latents are those of Stable Diffusion's autoencoder; None where it makes no
+        difference.
     """
 
     source: ExampleSource
@@ -38,6 +40,7 @@ class Dataset:
     num_classes: int
     encode: Callable[[Mapping[str, jax.Array], Any], jax.Array]
     class_names: tuple[str, ...] | None = None
+    stable_diffusion: bool | None = False
 
 
 class Decoder(Protocol):

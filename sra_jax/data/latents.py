@@ -19,6 +19,9 @@ from sra_jax.errors import UserError
 from sra_jax.interop import autoencoder as vae_interop
 from sra_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 
+STABLE_DIFFUSION = (4, 0.18215)
+"""Channels and scaling factor of the latents of Stable Diffusion's first autoencoders, sd-vae-ft-ema among them."""
+
 
 class LatentSource:
     """Random access to the examples of a folder of latents; picklable, files are opened when they are first read.
@@ -151,6 +154,7 @@ def load(data: Any) -> Dataset:
         num_classes=data.num_classes,
         encode=lambda batch, key: sample_posterior(batch, key, scale, shift),
         class_names=manifest.class_names,
+        stable_diffusion=(channels, scale) == STABLE_DIFFUSION,
     )
 
 

@@ -1,11 +1,13 @@
 """Where datasets are looked up by name: a new one is its file and a line here."""
 
+import dataclasses
 from types import ModuleType
 
 from ml_collections import ConfigDict
 from PIL import Image
 
-from sra_jax.data import digits, latents, pixels, synthetic
+from sra_jax import config as config_lib
+from sra_jax.data import digits, features, latents, pixels, synthetic
 from sra_jax.data.dataset import Dataset, Decoder, Example
 from sra_jax.errors import UserError
 
@@ -40,6 +42,34 @@ def load(data: ConfigDict) -> Dataset:
             raise UserError(f"data.{key}={data[key]} does not fit data.name={data.name!r}, which has {value}; set "
                             f"--config.data.{key}={value}")  # fmt: skip
     return dataset
+
+
+def training_set(config: ConfigDict) -> Dataset:
+    """The training set of a recipe, with the stored features that its method compares with.
+
+    Sets other than prepared latents have none; methods then take a stand-in.
+
+    Raises:
+      UserError: as `load`; or prepared latents have no such features, or other ones.
+    """
+    dataset, methods = load(config.data), config_lib.methods_of(config)
+    widths = methods.feature_widths
+    if not widths or config.data.name != "latents":
+        return dataset
+    stored = features.read(config.data.path)
+    if stored is None:
+        raise UserError(
+            f"method.name={methods.name!r} compares with features that {config.data.path} does not hold: python "
+            f"tools/prepare_latents.py --features=DIR --output={config.data.path} stores them, one array (tokens, "
+            "channels) an example"
+        )
+    tokens = config_lib.transformer_of(config).tokens
+    if (stored.tokens, stored.widths) != (tokens, widths):
+        raise UserError(
+            f"the features in {config.data.path} have {stored.tokens} tokens and widths {stored.widths}; model.patch="
+            f"{config.model.patch} makes {tokens} tokens, and the method's widths are {widths}"
+        )
+    return dataclasses.replace(dataset, source=features.WithFeatures(dataset.source, config.data.path, stored))
 
 
 def decoder(data: ConfigDict) -> Decoder:

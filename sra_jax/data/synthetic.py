@@ -40,7 +40,7 @@ def load(data: Any) -> Dataset:
     """4,096 random latents of the shape that `data` asks for."""
     shape = (data.image_size, data.image_size, data.channels)
     return Dataset(source=Synthetic(shape, data.num_classes), latent_shape=shape, num_classes=data.num_classes,
-                   encode=encode)  # fmt: skip
+                   encode=encode, stable_diffusion=None)  # fmt: skip
 
 
 def decoder(data: Any) -> Decoder:

@@ -133,6 +133,16 @@ class Method:
         """Whether the student's tokens attend within their group only."""
         return False
 
+    @property
+    def feature_widths(self) -> tuple[int, ...]:
+        """Channels of the stored features that it compares with, one number an encoder; empty: it needs none."""
+        return ()
+
+    def advice(self, stable_diffusion: bool) -> str | None:
+        """A word to the user about the latents: whether they are those of Stable Diffusion's autoencoder is given."""
+        del stable_diffusion
+        return None
+
     def together(self, batch_size: int) -> int:
         """How many consecutive examples of the global batch its loss compares, and a microbatch must not part."""
         del batch_size

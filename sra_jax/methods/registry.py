@@ -104,6 +104,11 @@ class Methods:
         """How many consecutive examples a microbatch must not part."""
         return max((part.together(batch_size) for part in self.parts), default=1)
 
+    @property
+    def feature_widths(self) -> tuple[int, ...]:
+        """Channels of the stored features that one of them compares with; empty: none are needed."""
+        return next((part.feature_widths for part in self.parts if part.feature_widths), ())
+
     def heads(self, shape: TransformerConfig) -> dict[str, Callable[[nnx.Rngs], nnx.Module]]:
         """Makers of all heads, by the names of their parameters."""
         return {name: make for part in self.parts for name, make in part.heads(shape).items()}

@@ -72,6 +72,10 @@ class REPA(Method):
     def student_taps(self) -> tuple[int, ...]:
         return (self.student_block,)
 
+    @property
+    def feature_widths(self) -> tuple[int, ...]:
+        return self.widths
+
     def _head_names(self) -> tuple[str, ...]:
         return tuple(f"{self.name}_head_{number}" for number in range(len(self.widths)))
 

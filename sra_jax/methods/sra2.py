@@ -57,6 +57,14 @@ class SRA2(Method):
     def student_taps(self) -> tuple[int, ...]:
         return (self.student_block,)
 
+    def advice(self, stable_diffusion: bool) -> str | None:
+        if stable_diffusion or self.standardise != "none":
+            return None
+        return (
+            f"{self.key}.standardise=none compares with latents that are not Stable Diffusion's, where the loss was "
+            f"seen to collapse: --config.{self.key}.standardise=target standardises them"
+        )
+
     def heads(self, shape: TransformerConfig) -> Mapping[str, Callable[[nnx.Rngs], nnx.Module]]:
         return {HEAD: lambda rngs: Layers(shape, self._widths(shape), rngs=rngs)}
 

@@ -52,7 +52,7 @@ def state_bytes(program: loop.Program) -> dict[str, int]:
 def build(config: ConfigDict, devices: list[Any]) -> tuple[loop.Program, Any]:
     """The run's program on these devices and its abstract batch, as main.py makes them."""
     mesh = sharding.make_mesh(config_lib.mesh_shape(config, len(devices)), devices)
-    dataset = datasets.load(config.data)
+    dataset = datasets.training_set(config)
     program = loop.build(config, mesh, dataset, config_lib.total_steps(config, len(dataset.source)))
     return program, loop.abstract_batch(dataset, config.batch_size, mesh)
 

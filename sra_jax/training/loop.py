@@ -125,7 +125,7 @@ def train(config: ConfigDict, workdir: Path, allow_config_change: bool = False) 
 def _train(config: ConfigDict, workdir: Path, allow_config_change: bool, lock: files.Lock | None) -> None:
     started = holds_run(config, workdir, allow_config_change)
     processes.wait_for_all("workdir")  # before any of them writes there
-    dataset = datasets.load(config.data)
+    dataset = datasets.training_set(config)
     check_teacher(config)
     steps = config_lib.total_steps(config, len(dataset.source))
     say = print if jax.process_index() == 0 else _silent
@@ -140,6 +140,7 @@ def _train(config: ConfigDict, workdir: Path, allow_config_change: bool, lock: f
             say(f"nothing to do: step {int(state.step)} of {steps} is saved; --config.steps={2 * steps} trains on")
         else:
             _describe(config, program, dataset, steps, say)
+            _advise(config, dataset, say)
             with processes.Preemption() as preemption:
                 _run(config, program, checkpoints, state, dataset, steps, workdir, preemption, lock)
     finally:
@@ -247,6 +248,13 @@ def begin(
         metrics_lib.keep_until(workdir, meta["step"])
     say(f"resuming {workdir} at step {meta['step']}")
     return state
+
+
+def _advise(config: ConfigDict, dataset: Dataset, say: Callable[..., None]) -> None:
+    if dataset.stable_diffusion is not None:
+        for method in config_lib.methods_of(config):
+            if advice := method.advice(dataset.stable_diffusion):
+                say(advice)
 
 
 def _describe(config: ConfigDict, program: Program, dataset: Dataset, steps: int, say: Callable[..., None]) -> None:
