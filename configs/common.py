@@ -20,11 +20,11 @@ SIZES = {
 """DiT's sizes (Peebles and Xie, 2023, table 1)."""
 
 
-BLOCKS = {
-    "S": {"layersync": (4, 8), "self_flow": (4, 8), "dts_as": (3, 8), "sra2": 2, "repa": 4},
-    "B": {"layersync": (4, 8), "self_flow": (4, 8), "dts_as": (3, 8), "sra2": 2, "repa": 4},
-    "L": {"layersync": (8, 18), "self_flow": (7, 17), "dts_as": (6, 16), "sra2": 8, "repa": 8},
-    "XL": {"layersync": (8, 16), "self_flow": (8, 20), "dts_as": (8, 20), "sra2": 8, "repa": 8},
+BLOCKS: dict[str, dict[str, tuple[int, ...]]] = {
+    "S": {"layersync": (4, 8), "self_flow": (4, 8), "dts_as": (3, 8), "sra2": (2,), "repa": (4,)},
+    "B": {"layersync": (4, 8), "self_flow": (4, 8), "dts_as": (3, 8), "sra2": (2,), "repa": (4,)},
+    "L": {"layersync": (8, 18), "self_flow": (7, 17), "dts_as": (6, 16), "sra2": (8,), "repa": (8,)},
+    "XL": {"layersync": (8, 16), "self_flow": (8, 20), "dts_as": (8, 20), "sra2": (8,), "repa": (8,)},
 }
 """The blocks that each method's paper uses for a size, SRA's apart; S takes B's."""
 
@@ -44,11 +44,9 @@ def small_methods(config: ConfigDict, standardise: str) -> None:
     """
     depth, width = config.model.depth, config.model.width
 
-    def scaled(blocks: tuple[int, int] | int) -> tuple[int, int] | int:
-        if isinstance(blocks, int):
-            return max(1, round(blocks * depth / 12))
+    def scaled(blocks: tuple[int, ...]) -> tuple[int, ...]:
         first = max(1, round(blocks[0] * depth / 12))
-        return first, max(first + 1, round(blocks[1] * depth / 12))
+        return first, *(max(first + 1, round(later * depth / 12)) for later in blocks[1:])
 
     _set_blocks(config, {name: scaled(blocks) for name, blocks in BLOCKS["B"].items()})
     config.method.sra2.update(hidden=2 * width, standardise=standardise)
@@ -56,13 +54,13 @@ def small_methods(config: ConfigDict, standardise: str) -> None:
         config.method[name].update(hidden=2 * width, widths=(width,))
 
 
-def _set_blocks(config: ConfigDict, blocks: Mapping[str, tuple[int, int] | int]) -> None:
+def _set_blocks(config: ConfigDict, blocks: Mapping[str, tuple[int, ...]]) -> None:
     method = config.method
     method.layersync.update(dict(zip(("student_block", "target_block"), blocks["layersync"], strict=True)))
     for name in ("self_flow", "dts_as"):
         method[name].update(dict(zip(("student_block", "teacher_block"), blocks[name], strict=True)))
     for name, key in (("sra2", "sra2"), ("repa", "repa"), ("repa_conv", "repa")):
-        method[name].student_block = blocks[key]
+        (method[name].student_block,) = blocks[key]
     method.dispersive.block = max(1, round(config.model.depth / 4))
 
 

@@ -65,9 +65,10 @@ def whole(name: str, value: Any, low: int | None = None, high: int | None = None
     if isinstance(value, bool) or not (INTEGER.fullmatch(value.strip()) if text else isinstance(value, int)):
         raise UserError(f"{name}={shown(value)} must be {', '.join(filter(None, ('a whole number', allowed)))}")
     # a number of thousands of digits is out of any range, and Python refuses to read it
-    number = int(value) if not text or len(value) <= SHOWN else math.inf
-    if (low is not None and number < low) or (high is not None and number > high):
-        raise UserError(f"{name}={shown(value)} must be {allowed}")
+    endless = text and len(value) > SHOWN
+    number = 0 if endless else int(value)
+    if endless or (low is not None and number < low) or (high is not None and number > high):
+        raise UserError(f"{name}={shown(value)} must be {allowed or 'a shorter number'}")
     return number
 
 

@@ -1,5 +1,6 @@
 """What the benchmark makes of its sides: they take turns, and figures become ratios and tables."""
 
+import functools
 import statistics
 import sys
 from collections.abc import Callable, Mapping
@@ -65,7 +66,7 @@ def train_step(config: ConfigDict, peer: str, repeats: int, peer_large_pages: bo
         theirs = Remote("pytorch", text, peer_large_pages)
         for variant in ("full", "truncated", "none"):
             theirs.call("prepare", variant)
-            calls[f"peer_{variant}"] = lambda variant=variant: theirs.call("step", variant)
+            calls[f"peer_{variant}"] = functools.partial(theirs.call, "step", variant)
     figures = alternate(calls, repeats, say)
     ours.close()
     result = {
@@ -113,7 +114,8 @@ def growth(config: ConfigDict, repeats: int) -> dict[str, Any]:
         flops[name] = config_lib.step_flops(changed).total
         sides[name] = Remote("jax", config_lib.to_json(changed))
         rows[name] = {"compile_seconds": sides[name].call("prepare", "method")["compile_seconds"]}
-    figures = alternate({name: lambda s=side: s.call("step", "method") for name, side in sides.items()}, repeats, say)
+    steps = {name: functools.partial(side.call, "step", "method") for name, side in sides.items()}
+    figures = alternate(steps, repeats, say)
     for name, side in sides.items():
         side.close()
         rows[name] |= {
@@ -155,7 +157,7 @@ def sampler(
     prepared = {name: side.call("prepare_sampler", count) for name, side in sides.items()}
     for side in sides.values():
         side.call("sample")
-    figures = alternate({name: lambda s=side: s.call("sample") for name, side in sides.items()}, repeats, say)
+    figures = alternate({name: functools.partial(side.call, "sample") for name, side in sides.items()}, repeats, say)
     for side in sides.values():
         side.close()
     result = {

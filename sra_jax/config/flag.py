@@ -48,6 +48,7 @@ def load(text: str) -> ConfigDict:
         raise UserError(f"{given} is no Python file: {RECIPE}")
     try:
         spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None and spec.loader is not None  # a file that ends in .py has both
         recipe = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(recipe)
         make = getattr(recipe, ENTRY, None)

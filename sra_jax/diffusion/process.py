@@ -37,3 +37,10 @@ class Process(Protocol):
 
     def loss(self, prediction: jax.Array, x0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
         """The denoising loss of each example (B,) float32, from the network's prediction (B,H,W,C_out) at x_t."""
+
+
+class Flow(Process, Protocol):
+    """A process whose network predicts a velocity."""
+
+    def target(self, x0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
+        """The velocity of x_t (B,H,W,C) at times (B,) or (B,H,W)."""

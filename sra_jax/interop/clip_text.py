@@ -88,12 +88,12 @@ class ClipTokenizer:
 
     def __init__(self, tokenizer: Tokenizer, length: int):
         self._tokenizer = tokenizer
-        self._begin, self._end = (tokenizer.token_to_id(token) for token in (BEGIN, END))
-        if self._begin is None or self._end is None:
+        begin, end = (tokenizer.token_to_id(token) for token in (BEGIN, END))
+        if begin is None or end is None:
             raise UserError(f"the tokenizer's vocabulary has no {BEGIN} and {END}, so it is not CLIP's")
         if length < 2:
             raise UserError(f"{length} tokens a caption leave no room for {BEGIN} and {END}: at least 2")
-        self.length = length
+        self._begin, self._end, self.length = begin, end, length
 
     def __call__(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Args:
@@ -152,11 +152,11 @@ def parse_merges(text: str) -> list[tuple[str, str]]:
     lines = [line for line in text.splitlines() if line.strip()]
     if lines and lines[0].startswith("#version"):
         lines = lines[1:]
-    pairs = [tuple(line.split()) for line in lines]
+    pairs = [line.split() for line in lines]
     wrong = next((line for line, pair in zip(lines, pairs, strict=True) if len(pair) != 2), None)
     if wrong is not None:
         raise ValueError(f"{wrong!r} is no pair of pieces")
-    return pairs
+    return [(first, second) for first, second in pairs]
 
 
 def load_tokenizer(clip: str, length: int) -> ClipTokenizer:

@@ -11,12 +11,12 @@ another example and lambda' the weight an anchor really has. `corrected` takes t
 """
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import jax
 import jax.numpy as jnp
 
-from sra_jax.diffusion.process import Process
+from sra_jax.diffusion.process import Flow, Process
 from sra_jax.errors import UserError
 from sra_jax.methods.groups import position_times
 from sra_jax.methods.method import Draws, Method, Seen, Term, check_weight
@@ -72,7 +72,8 @@ class DeltaFM(Method):
             chosen, found = rows_of_other_labels(key, y)
             anchors &= found
         times = position_times(given["t"], given.get("groups"), shape)
-        return {"negative": process.target(given["x0"], given["e"], times)[chosen], "anchor": anchor_weights(anchors)}
+        flow = cast(Flow, process)  # `processes` names flows only
+        return {"negative": flow.target(given["x0"], given["e"], times)[chosen], "anchor": anchor_weights(anchors)}
 
     def loss(self, seen: Seen) -> Term:
         """Minus the mean over anchors of the squared error against the negative's velocity."""

@@ -81,7 +81,7 @@ class DualTimes(Method):
     processes: ClassVar[tuple[str, ...]] = ("interpolant",)
     exclusive: ClassVar[str] = "the times of tokens and what the teacher sees"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "interval", teacher_interval(f"{self.key}.interval", self.interval))
 
     @property

@@ -184,7 +184,13 @@ def noisier_teachers(
 
     Returns:
       (count, N) bool.
+
+    Raises:
+      ValueError: the methods have no teacher.
     """
+    teaching = methods.teaching
+    if teaching is None:
+        raise ValueError(f"{methods.name} has no teacher")
     drawn = {
         "x0": jnp.zeros((count, shape.input_size, shape.input_size, shape.channels)),
         "e": jnp.zeros((count, shape.input_size, shape.input_size, shape.channels)),
@@ -193,7 +199,7 @@ def noisier_teachers(
     }  # fmt: skip
     drawn |= methods.draw(jax.random.fold_in(key, 1), drawn, process, shape)
     tokens = (count, shape.tokens)
-    views = (methods.student_view(drawn), methods.teaching.teacher_view(drawn))
+    views = (methods.student_view(drawn), teaching.teacher_view(drawn))
 
     student, teacher = (
         jnp.broadcast_to(view.t[:, None] if view.groups is None else token_times(view.t, view.groups), tokens)

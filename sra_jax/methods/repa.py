@@ -9,6 +9,7 @@ clean patches, so that every recipe runs.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import ClassVar
 
@@ -81,9 +82,12 @@ class REPA(Method):
 
     def heads(self, shape: TransformerConfig) -> Mapping[str, Callable[[nnx.Rngs], nnx.Module]]:
         return {
-            name: lambda rngs, width=width: Layers(shape, self._layers(shape, width), rngs=rngs)
+            name: functools.partial(self._head, shape, width)
             for name, width in zip(self._head_names(), self.widths, strict=True)
         }
+
+    def _head(self, shape: TransformerConfig, width: int, rngs: nnx.Rngs) -> nnx.Module:
+        return Layers(shape, self._layers(shape, width), rngs=rngs)
 
     def head_flops(self, shape: TransformerConfig) -> float:
         return sum(layers_flops(shape, self._layers(shape, width)) for width in self.widths)
@@ -109,7 +113,7 @@ class REPA(Method):
         targets = [self.targets(f) for f in jnp.split(seen.example[FEATURES], ends[:-1], axis=-1)]
         projected = [seen.head(name, h) for name in self._head_names()]
         terms = [mean_distance("cosine", p, f) for p, f in zip(projected, targets, strict=True)]
-        return Term(sum(terms) / len(terms), h, projected[0], targets[0])
+        return Term(sum(terms[1:], terms[0]) / len(terms), h, projected[0], targets[0])
 
     def check(self, shape: TransformerConfig, batch_size: int, microbatch: int) -> None:
         del batch_size, microbatch
@@ -146,13 +150,10 @@ class ConvREPA(REPA):
 
     name: ClassVar[str] = "repa_conv"
 
-    def heads(self, shape: TransformerConfig) -> Mapping[str, Callable[[nnx.Rngs], nnx.Module]]:
+    def _head(self, shape: TransformerConfig, width: int, rngs: nnx.Rngs) -> nnx.Module:
         if self.projection == "layers":
-            return super().heads(shape)
-        return {
-            name: lambda rngs, width=width: GridConvolution(shape, width, self.kernel, rngs=rngs)
-            for name, width in zip(self._head_names(), self.widths, strict=True)
-        }
+            return super()._head(shape, width, rngs)
+        return GridConvolution(shape, width, self.kernel, rngs=rngs)
 
     def head_flops(self, shape: TransformerConfig) -> float:
         if self.projection == "layers":

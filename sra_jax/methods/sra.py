@@ -68,7 +68,7 @@ class Alignment(Method):
     interval: tuple[float, float] = (0.0, 0.2)
     head: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "interval", teacher_interval("alignment.interval", self.interval))
 
     name: ClassVar[str] = "sra"

@@ -86,7 +86,7 @@ def run_stack(
 
     # One scan over the whole depth: cutting it at the taps would slice, and so copy, the stacked parameters and their
     # gradients. The tokens at a tap travel in the carry instead.
-    def body(carry: tuple[Any, tuple[jax.Array, ...]], item: tuple[jax.Array, Any]):
+    def body(carry: tuple[Any, tuple[jax.Array, ...]], item: tuple[jax.Array, Any]) -> tuple[Any, None]:
         x, features = carry
         number, params = item
         x = run(params, x, condition)

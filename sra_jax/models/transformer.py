@@ -6,7 +6,7 @@ channels, and hands out the tokens after any of its blocks on the way.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,25 @@ LAYER_NORM_EPSILON = 1e-6
 xavier_uniform = nnx.initializers.xavier_uniform()
 small_normal = nnx.initializers.normal(0.02)
 zeros = nnx.initializers.zeros_init()
+
+
+class Sizes(Protocol):
+    """What the layers ask of a network's shape; `TransformerConfig` says what each means."""
+
+    @property
+    def output_channels(self) -> int: ...
+    @property
+    def patch(self) -> int: ...
+    @property
+    def width(self) -> int: ...
+    @property
+    def heads(self) -> int: ...
+    @property
+    def mlp_ratio(self) -> float: ...
+    @property
+    def dtype(self) -> Any: ...
+    @property
+    def precision(self) -> jax.lax.Precision: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +86,7 @@ class TransformerConfig:
 
 
 def linear(
-    config: TransformerConfig, features_in: int, features_out: int, rngs: nnx.Rngs, kernel_init: Any = xavier_uniform,
+    config: Sizes, features_in: int, features_out: int, rngs: nnx.Rngs, kernel_init: Any = xavier_uniform,
     placement: Placement = ANYWHERE,
 ) -> nnx.Linear:
     """A linear layer with float32 parameters and products in the config's type."""
@@ -178,7 +197,7 @@ def unpatchify(tokens: jax.Array, patch: int, grid: tuple[int, int] | None = Non
 class TimeEmbedding(nnx.Module):
     """Sinusoidal features of the time, then a two-layer SiLU network: (B,) -> (B,D)."""
 
-    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: Sizes, *, rngs: nnx.Rngs):
         self.hidden = linear(config, TIME_FREQUENCIES, config.width, rngs, small_normal)
         self.out = linear(config, config.width, config.width, rngs, small_normal)
 
@@ -189,7 +208,7 @@ class TimeEmbedding(nnx.Module):
 class Attention(nnx.Module):
     """Multi-head self-attention (B,N,D) -> (B,N,D), within segments (B,N) where they are given; softmax in float32."""
 
-    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs, placement: Placement = ANYWHERE):
+    def __init__(self, config: Sizes, *, rngs: nnx.Rngs, placement: Placement = ANYWHERE):
         self.config = config
         head_width = config.width // config.heads
         options = {
@@ -206,7 +225,7 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """Linear, GELU in its tanh approximation, linear: (B,N,D) -> (B,N,D)."""
 
-    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs, placement: Placement = ANYWHERE):
+    def __init__(self, config: Sizes, *, rngs: nnx.Rngs, placement: Placement = ANYWHERE):
         hidden = int(config.width * config.mlp_ratio)
         self.hidden = linear(config, config.width, hidden, rngs, placement=placement)
         self.out = linear(config, hidden, config.width, rngs, placement=placement)
@@ -237,7 +256,7 @@ class Block(nnx.Module):
 class FinalLayer(nnx.Module):
     """Modulated norm and a linear layer from tokens to patches: (B,N,D) -> (B,N,patch*patch*C_out) float32."""
 
-    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: Sizes, *, rngs: nnx.Rngs):
         self.modulation = linear(config, config.width, 2 * config.width, rngs, zeros)
         self.linear = linear(config, config.width, config.patch**2 * config.output_channels, rngs, zeros)
 

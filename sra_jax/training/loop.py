@@ -377,7 +377,7 @@ class Journal:
             if step % self._config.log_every == 0:
                 self._write(step, metrics, elapsed)
 
-    def _write(self, step: int, metrics: Mapping[str, np.ndarray], elapsed: float) -> None:
+    def _write(self, step: int, metrics: Mapping[str, Any], elapsed: float) -> None:
         record = {name: float(value) for name, value in sorted(metrics.items()) if name != "samples"}
         record |= health(metrics["samples"])
         record["steps_per_second"] = self._counted / elapsed

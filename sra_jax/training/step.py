@@ -140,7 +140,9 @@ def make_train_step(
     clipping (gradient) and after the optimizer (update, parameters).
     """
 
-    def loss(params: Params, ema: Params, example: Mapping[str, jax.Array], weights: Mapping[str, jax.Array]):
+    def loss(
+        params: Params, ema: Params, example: Mapping[str, jax.Array], weights: Mapping[str, jax.Array]
+    ) -> tuple[jax.Array, tuple[Metrics, Metrics]]:
         return total_loss(params, ema, example, weights, networks=networks, process=process, methods=methods)
 
     def train_step(state: TrainState, batch: Mapping[str, jax.Array]) -> tuple[TrainState, Metrics]:
