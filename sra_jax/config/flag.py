@@ -10,7 +10,9 @@ from ml_collections import ConfigDict
 
 from sra_jax import values
 from sra_jax.config.keys import flatten
+from sra_jax.config.objects import method_names
 from sra_jax.errors import UserError
+from sra_jax.methods.registry import METHODS, NONE
 
 flags.disclaim_key_flags()
 
@@ -121,6 +123,22 @@ def _numbers(text: str) -> tuple[Any, ...]:
         return float(part) if values.REAL.fullmatch(part) else part
 
     return tuple(item(part.strip()) for part in text.removesuffix(",").split(","))
+
+
+def check_read(config: ConfigDict, flag_values: flags.FlagValues) -> None:
+    """Raises a `UserError` for a key on the command line that nothing reads: of a method that is not named.
+
+    SRA's keys are left alone: recipes had them before there were other methods.
+    """
+    named = method_names(config)
+    for name in METHODS:
+        for key, _ in flatten(config.method.get(name, ConfigDict())):
+            flag = f"{NAME}.method.{name}.{key}"
+            if name not in named and flag in flag_values and flag_values[flag].present:
+                raise UserError(
+                    f"--{flag} is read by nothing with method.name={'+'.join(named) or NONE!r}: name {name} in "
+                    f"--{NAME}.method.name, or leave the flag out"
+                )
 
 
 class _RecipeFlag(flags.Flag):

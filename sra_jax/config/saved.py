@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from absl import flags
 from ml_collections import ConfigDict
 
+from sra_jax.config.flag import check_read
 from sra_jax.config.keys import FREE_KEYS, default, flatten
 from sra_jax.config.limits import local_paths
 from sra_jax.config.objects import method_names
@@ -121,14 +123,15 @@ def differences(saved: ConfigDict, given: ConfigDict) -> list[str]:
     ]
 
 
-def from_flag(value: ConfigDict | None) -> ConfigDict:
+def from_flag(value: ConfigDict | None, flag_values: flags.FlagValues = flags.FLAGS) -> ConfigDict:
     """The config of --config and its overrides, a copy; `~` is expanded in the paths that it holds.
 
     Raises:
-      UserError: no recipe was given, or a path that is an address.
+      UserError: no recipe was given, a path that is an address, or a flag of a method that is not named.
     """
     if value is None:
         raise UserError("--config is missing: name a recipe, such as --config=configs/digits.py")
     config = value.copy_and_resolve_references()
+    check_read(config, flag_values)
     local_paths(config)
     return config

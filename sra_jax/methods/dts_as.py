@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from sra_jax import values
 from sra_jax.diffusion.process import Process
 from sra_jax.errors import UserError
 from sra_jax.methods.distances import DISTANCES, mean_distance
@@ -158,8 +159,10 @@ class DualTimes(Method):
         self._check_groups(shape)
 
     def _check_groups(self, shape: TransformerConfig) -> None:
-        if not self.ratios or not all(0 < ratio < float("inf") for ratio in self.ratios):
-            raise UserError(f"{self.key}.ratios={self.ratios}: shares of groups are numbers above 0, such as 0.25,0.75")
+        if not self.ratios:
+            raise UserError(f"{self.key}.ratios is empty: shares of groups are numbers above 0, such as 0.25,0.75")
+        for ratio in self.ratios:
+            values.number(f"{self.key}.ratios={values.shown(self.ratios)}: a share", ratio, 0, open_low=True)
         if not counts(self.ratios, shape.tokens).all():
             raise UserError(
                 f"{self.key}.ratios={self.ratios} leaves a group without any of the {shape.tokens} tokens: make its "

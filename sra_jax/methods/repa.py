@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from sra_jax import values
 from sra_jax.diffusion.process import Process
 from sra_jax.errors import UserError
 from sra_jax.methods.distances import mean_distance
@@ -120,10 +121,10 @@ class REPA(Method):
         hint = "the paper uses 4 for B, 8 for L and XL"
         check_block(f"{self.key}.student_block", self.student_block, shape.depth, hint)
         check_weight(f"{self.key}.weight", self.weight)
-        if not self.widths or any(width < 1 for width in self.widths):
-            raise UserError(
-                f"{self.key}.widths={self.widths}: channels of each encoder's features, such as 768 for DINOv2-B"
-            )
+        if not self.widths:
+            raise UserError(f"{self.key}.widths is empty: channels of the encoders' features, such as 768 for DINOv2-B")
+        for width in self.widths:
+            values.whole(f"{self.key}.widths={values.shown(self.widths)}: a width", width, 1, 2**16)
         if self.hidden < 1:
             raise UserError(f"{self.key}.hidden={self.hidden} must be at least 1; the paper uses 2048")
 

@@ -16,7 +16,7 @@ def parse(*arguments):
     flags.DEFINE_string("flagfile", "", "as absl has it", flag_values=known)
     holder = config_lib.define_flag("The recipe.", known)
     known(["command", *arguments])
-    return config_lib.from_flag(holder.value)
+    return config_lib.from_flag(holder.value, known)
 
 
 def test_every_key_is_a_flag_of_its_type():
@@ -31,6 +31,18 @@ def test_every_key_is_a_flag_of_its_type():
     assert (config.alignment.head, config.alignment.enabled) == (False, False)
     assert config.sampling.guidance_interval == (0, 0.7)
     assert parse("--config=configs/digits.py:dit").name == "digits_dit"
+
+
+@pytest.mark.fast
+def test_a_key_of_a_method_that_is_not_named_is_refused():
+    assert parse(DIGITS, "--config.method.name=layersync", "--config.method.layersync.weight=0.4")
+    assert parse(DIGITS, "--config.alignment.weight=0.4", "--config.method.name=layersync")
+    for wrong in (
+        ("--config.method.layersync.weight=0.4",),
+        ("--config.method.repa.hidden=4", "--config.method.name=repa_conv+sra"),
+    ):
+        with pytest.raises(UserError, match=r"is read by nothing with method\.name"):
+            parse(DIGITS, *wrong)
 
 
 @pytest.mark.faults

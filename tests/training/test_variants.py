@@ -16,8 +16,7 @@ from tests.conftest import run, start
 TINY = (
     "--config.batch_size=16", "--config.optimizer.warmup_steps=0", "--config.log_every=2",
     "--config.checkpoint_every=2", "--config.sample_every=0", "--config.ema.decay=0.8", "--config.sampling.steps=4",
-    "--config.model.width=32", "--config.model.heads=2", "--config.method.sra2.hidden=32",
-    "--config.method.repa.hidden=32", "--config.method.repa_conv.hidden=32",
+    "--config.model.width=32", "--config.model.heads=2",
 )  # fmt: skip
 SPEEDS = ("steps_per_second", "examples_per_second")
 
