@@ -26,6 +26,9 @@ Examples:
     python tools/benchmark.py table --config=configs/sit_b2.py --config.batch_size=8 --peer=pytorch --repeats=3 \\
         --config.sampling.steps=20 --config.sampling.guidance_scale=1.8 --config.sampling.guidance_interval=0,0.7
 
+    # what each method adds to the baseline's step, as the table of docs/methods.md; memory by libtpu's compiler
+    python tools/benchmark.py methods --config=configs/sit_b2.py --config.batch_size=8 --repeats=3 --topology=v5e:4x4
+
     # reading latents; encoding images; the FID network; the metrics: options by --help
     python tools/benchmark.py data --folder=FOLDER
     python tools/benchmark.py vae --folder=FOLDER
@@ -33,6 +36,7 @@ Examples:
     python tools/benchmark.py metrics
 """
 
+import functools
 import importlib.util
 import json
 import pathlib
@@ -44,16 +48,20 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from absl import flags
 from ml_collections import ConfigDict
 
+from configs import sit_xl2
 from sra_jax import cli, files, values
 from sra_jax import config as config_lib
 from sra_jax.benchmarks import data, evaluation, measure
+from sra_jax.distributed import chips
 from sra_jax.errors import UserError
+from sra_jax.methods.registry import METHODS, names_of
+from sra_jax.planning import report
 
 FLAGS = flags.FLAGS
 ELSEWHERE = {
     "data": data.read, "vae": data.encode, "inception": evaluation.network, "metrics": evaluation.metrics,
 }  # fmt: skip
-COMMANDS = ("train_step", "growth", "compile", "sampler", "table", *ELSEWHERE)
+COMMANDS = ("train_step", "growth", "compile", "sampler", "table", "methods", *ELSEWHERE)
 
 
 def define_flags() -> None:
@@ -63,6 +71,8 @@ def define_flags() -> None:
     flags.DEFINE_bool("peer_large_pages", False, "Start PyTorch with large memory pages, as main.py starts itself.")
     cli.whole_flag("repeats", 5, "Rounds, in each of which every side runs once.", 1, 1000)
     cli.whole_flag("samples", 4, "sampler: samples at a time.", 1, values.BATCH_LIMIT)
+    flags.DEFINE_list("methods", list(METHODS), "methods: which of them, as --config.method.name takes them.")
+    flags.DEFINE_string("topology", None, "methods: also a chip's memory for SiT-XL/2 on this TPU slice; needs libtpu.")
     cli.path_flag("json", None, "Write the result to this file, too; an old one is replaced.")
     flags.DEFINE_bool("keep_dtype", False, "Keep the recipe's dtype; by default float32, which CPUs compute in.")
 
@@ -75,6 +85,9 @@ def prepared_config(command: str, value: Any, keep_dtype: bool, peer: str) -> Co
         if not keep_dtype:
             config.dtype = "float32"
     config_lib.check(config)
+    if command == "methods":
+        for name in FLAGS.methods:
+            names_of(name)
     if peer == "pytorch":
         for package in ("torch", "timm"):
             if importlib.util.find_spec(package) is None:
@@ -98,6 +111,14 @@ def prepared_config(command: str, value: Any, keep_dtype: bool, peer: str) -> Co
     return config
 
 
+def chip_memory(wanted: chips.Slice, method: str) -> float:
+    """Bytes of a chip that SiT-XL/2 at its batch takes with a method on a slice, the state split over four chips."""
+    config = sit_xl2.get_config(method)
+    with config.unlocked():
+        config.mesh.fsdp = 4
+    return report.compile_for(config, wanted)["peak_bytes"]
+
+
 def main(command: str) -> None:
     """Run a command and report."""
     if command in ELSEWHERE:
@@ -114,10 +135,13 @@ def main(command: str) -> None:
         result = measure.compile_times(config, FLAGS.repeats)
     elif command == "sampler":
         result = measure.sampler(config, FLAGS.peer, FLAGS.repeats, FLAGS.samples, FLAGS.peer_large_pages)
+    elif command == "methods":
+        memory = functools.partial(chip_memory, chips.parse_slice(FLAGS.topology)) if FLAGS.topology else None
+        result = measure.methods(config, FLAGS.methods, FLAGS.repeats, memory)
     else:
         result = measure.table(config, FLAGS.peer, FLAGS.repeats, FLAGS.samples, FLAGS.peer_large_pages)
     text = json.dumps(result, indent=2)
-    print("\n".join(result["markdown"]) if command == "table" else text)
+    print("\n".join(result["markdown"]) if "markdown" in result else text)
     if FLAGS.json:
         files.write_results({pathlib.Path(FLAGS.json): lambda path: files.write_text(path, text + "\n")})
 

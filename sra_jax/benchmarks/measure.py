@@ -3,7 +3,7 @@
 import functools
 import statistics
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -207,3 +207,52 @@ def table(
         if name != "as given"
     ]
     return result | {"markdown": ["| what | measured |", "| --- | --- |", *(f"| {a} | {b} |" for a, b in rows)]}
+
+
+def methods(
+    config: ConfigDict, names: Sequence[str], repeats: int, chip_memory: Callable[[str], float] | None = None
+) -> dict[str, Any]:
+    """What each method adds to the baseline's step; "markdown" is the table.
+
+    Args:
+      config: the recipe, whose keys of the methods are taken.
+      names: the methods, as `method.name` takes them.
+      repeats: rounds in which a method's step and the baseline's take turns, in one process.
+      chip_memory: gives the bytes of a chip that a method takes elsewhere; None leaves the column out.
+    """
+    rows: dict[str, Any] = {}
+    for name in names:
+        changed = config.copy_and_resolve_references()
+        with changed.unlocked():
+            changed.method.name = name
+        config_lib.check(changed)
+        analytic = config_lib.step_flops(changed).total
+        with changed.unlocked():
+            changed.method.name = "none"
+        plain = config_lib.step_flops(changed).total
+        with changed.unlocked():
+            changed.method.name = name
+        side = Remote("jax", config_lib.to_json(changed))
+        compiled = side.call("flops", "method") / side.call("flops", "baseline")
+        for variant in ("method", "baseline"):
+            side.call("prepare", variant)
+        figures = alternate(
+            {v: lambda v=v, side=side: side.call("step", v) for v in ("method", "baseline")}, repeats, say
+        )
+        side.close()
+        rows[name] = {
+            "flops_ratio": analytic / plain, "compiled_flops_ratio": compiled,
+            "step_ratio": ratio(figures["method"], figures["baseline"]),
+            "step_seconds": statistics.median(figures["method"]),
+        }  # fmt: skip
+        if chip_memory is not None:
+            rows[name]["chip_bytes"] = chip_memory(name)
+        say(f"{name}: {rows[name]}")
+    head = ["method", "extra FLOPs, formula", "extra FLOPs, compiled", "step over the baseline's"]
+    head += ["memory of a chip"] if chip_memory else []
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for name, row in rows.items():
+        cells = [f"`{name}`", f"{row['flops_ratio'] - 1:+.1%}", f"{row['compiled_flops_ratio'] - 1:+.1%}"]
+        cells += [f"{row['step_ratio']:.2f}"] + ([f"{row['chip_bytes'] / 1e9:.2f} GB"] if chip_memory else [])
+        lines.append("| " + " | ".join(cells) + " |")
+    return {"config": config.name, "batch_size": config.batch_size, "methods": rows, "markdown": lines}

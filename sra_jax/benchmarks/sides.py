@@ -55,6 +55,12 @@ class JaxSide:
         """Seconds of tracing and compiling the step of "method" (the recipe's own) or "baseline"; nothing is run."""
         return self._compile(name)[-1]
 
+    def flops(self, name: str) -> float:
+        """Operations of matrix products in the compiled step of "method" or "baseline"."""
+        from sra_jax.planning.compiled import Program
+
+        return Program(self._compile(name)[2].as_text()).cost().flops
+
     def prepare(self, name: str) -> dict[str, float]:
         """Compile and warm up "method" or "baseline"; how long the compiler took."""
         from sra_jax.data import pipeline

@@ -41,6 +41,18 @@ def test_sampler():
     assert result["seconds"] > 0
 
 
+@pytest.mark.slow
+def test_methods():
+    """The rows are the methods; what costs nothing by formula costs nothing in the compiled program either."""
+    flags = ("--config.batch_size=4", "--repeats=1", "--methods=layersync,self_flow")
+    lines = run("tools/benchmark.py", "methods", SMOKE, *flags).stdout.splitlines()
+    cells = {line.split("|")[1].strip(" `"): [cell.strip() for cell in line.split("|")[2:-1]] for line in lines[2:]}
+    assert list(cells) == ["layersync", "self_flow"]
+    assert cells["layersync"][:2] == ["+0.0%", "+0.0%"]
+    formula, compiled = (float(cell.rstrip("%")) for cell in cells["self_flow"][:2])
+    assert formula == pytest.approx(compiled, abs=2)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -49,6 +61,7 @@ def test_sampler():
         (("train_step",), "--config"),
         (("train_step", SMOKE, "--config.model.heads=5"), "heads"),
         (("train_step", SMOKE, "--repeats=0"), "repeats"),
+        (("methods", SMOKE, "--methods=sra,selfflow"), "'selfflow' is unknown"),
     ],
 )
 def test_bad_input(arguments, message):
