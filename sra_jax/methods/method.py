@@ -104,6 +104,11 @@ class Method:
     """What it decides alone, so that two methods which do cannot be summed, in words for a message."""
 
     @property
+    def against_growth(self) -> str:
+        """What helps where its features and its loss grow without end."""
+        return f"lower {self.key}.weight or optimizer.learning_rate, and start from a checkpoint of before"
+
+    @property
     def key(self) -> str:
         """The section of its keys."""
         return self.section or f"method.{self.name}"

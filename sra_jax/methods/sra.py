@@ -80,6 +80,15 @@ class Alignment(Method):
     exclusive: ClassVar[str] = "what the teacher sees"
 
     @property
+    def against_growth(self) -> str:
+        if self.distance.startswith("cosine"):
+            return super().against_growth
+        return (
+            f"{self.distance} grows with the norms: use the authors' later choice, alignment.distance=cosine with "
+            "alignment.weight=0.5 and alignment.weight_schedule=constant"
+        )
+
+    @property
     def student_taps(self) -> tuple[int, ...]:
         return (self.student_block,)
 

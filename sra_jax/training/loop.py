@@ -6,7 +6,7 @@ import gc
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from sra_jax.data import registry as datasets
 from sra_jax.data.dataset import Dataset
 from sra_jax.distributed import processes, sharding
 from sra_jax.errors import Preempted, RunError, UserError
-from sra_jax.methods.health import health
+from sra_jax.methods.health import Watch, health
 from sra_jax.methods.registry import noisier_teachers
 from sra_jax.runs import CONFIG
 from sra_jax.runs import metrics as metrics_lib
@@ -297,7 +297,7 @@ def _run(
     previews = Previews(config, mesh, workdir) if config.sample_every else None
     writer = metrics_lib.Writer(workdir) if jax.process_index() == 0 else None
     evaluation = TrainingEvaluation(config, mesh, workdir) if config.evaluation.every else None
-    journal = Journal(config, writer, bar, checkpoints)
+    journal = Journal(config, writer, bar, checkpoints, metrics_lib.read(workdir) if writer else [])
     bar.set_description("training")
     batch = None
     try:
@@ -340,10 +340,22 @@ def _run(
 
 
 class Journal:
-    """Metrics on their way from the devices to the file, read one step late so that the devices never wait."""
+    """Metrics on their way from the devices to the file, read one step late so that the devices never wait.
 
-    def __init__(self, config: ConfigDict, writer: metrics_lib.Writer | None, bar: tqdm, checkpoints: Checkpoints):
+    Args:
+      config: the run's.
+      writer: of the file, on process 0.
+      bar: shows what is written.
+      checkpoints: whose last save an error message names.
+      records: what the run has logged before.
+    """
+
+    def __init__(
+        self, config: ConfigDict, writer: metrics_lib.Writer | None, bar: tqdm, checkpoints: Checkpoints,
+        records: Sequence[Mapping[str, float]] = (),
+    ):
         self._config, self._writer, self._bar, self._checkpoints = config, writer, bar, checkpoints
+        self._watch = Watch(config_lib.methods_of(config), records)
         self._pending: list[tuple[int, Metrics]] = []
         self._due = False
         self.restart_clock()
@@ -379,7 +391,10 @@ class Journal:
 
     def _write(self, step: int, metrics: Mapping[str, Any], elapsed: float) -> None:
         record = {name: float(value) for name, value in sorted(metrics.items()) if name != "samples"}
-        record |= health(metrics["samples"])
+        samples = metrics["samples"]
+        record |= health(samples)
+        warnings = self._watch.look({"step": step, **record}, samples)
+        record |= dict.fromkeys(warnings, 1.0)
         record["steps_per_second"] = self._counted / elapsed
         record["examples_per_second"] = self._counted * self._config.batch_size / elapsed
         terms = {name.removesuffix("/loss"): value for name, value in record.items() if name.endswith("/loss")}
@@ -388,6 +403,8 @@ class Journal:
         shown = {name: f"{value:.4f}" for name, value in {"denoising": record["loss_denoising"], **terms}.items()}
         self._bar.set_postfix(shown, refresh=False)
         if self._writer:
+            for warning in warnings.values():
+                self._bar.write(f"warning: {warning}", file=sys.stderr)
             self._writer.write(step, record)
         self.restart_clock()
 
