@@ -6,7 +6,7 @@ Representation Guidance by Themselves" (arXiv 2505.02831, ICLR 2026).
 
 import os
 
-# TensorFlow, which clu and tensorflow-datasets import, and gRPC greet with lines about what they were not built for.
+# TensorFlow, which tensorflow-datasets imports, and gRPC greet with lines about what they were not built for.
 # They read these when they are loaded, so nothing of this package may be loaded after them.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")

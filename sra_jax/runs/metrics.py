@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from sra_jax import files
+from sra_jax.runs import events
 
 FILE = "metrics.jsonl"
 EVENTS = "tensorboard"
@@ -38,11 +39,8 @@ class Writer:
     """Appends records; used by process 0 only."""
 
     def __init__(self, workdir: Path):
-        # TensorFlow, which clu writes events with, takes seconds to import: not before the config is checked.
-        from clu import metric_writers
-
         self._file = (workdir / FILE).open("a")
-        self._events = metric_writers.SummaryWriter(str(workdir / EVENTS))
+        self._events = events.Writer(workdir / EVENTS)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One record. Several may have the same step, with different keys."""
