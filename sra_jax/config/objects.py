@@ -94,9 +94,9 @@ def step_flops(config: ConfigDict) -> StepFlops:
     shape, methods = transformer_of(config), methods_of(config)
     teaching = methods.teaching
     return train_step_flops(
-        shape, config.batch_size, head=methods.head_flops(shape), groups=methods.groups,
+        shape, config.batch_size, head=methods.head_flops(shape), groups=methods.sizes(shape) or methods.groups,
         teacher_blocks=methods.teacher_taps[-1] if teaching else None,
-        teacher_groups=teaching.teacher_groups if teaching else 1,
+        teacher_groups=teaching.teacher_groups(shape) if teaching else 1,
     )  # fmt: skip
 
 

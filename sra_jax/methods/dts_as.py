@@ -97,13 +97,18 @@ class DualTimes(Method):
     def groups(self) -> int:
         return len(shares(self.ratios))
 
-    @property
-    def teacher_groups(self) -> int:
-        return self.groups if self.teacher_mask else 1
+    def teacher_groups(self, shape: TransformerConfig) -> int | tuple[int, ...]:
+        if not self.teacher_mask:
+            return 1
+        return (self.sizes(shape) if self.separates else None) or self.groups
 
     @property
     def separates(self) -> bool:
         return self.separate and self.groups > 1
+
+    def sizes(self, shape: TransformerConfig) -> tuple[int, ...] | None:
+        """Not known where examples are left whole."""
+        return None if self.whole_share else tuple(counts(self.ratios, shape.tokens).tolist())
 
     def heads(self, shape: TransformerConfig) -> Mapping[str, Callable[[nnx.Rngs], nnx.Module]]:
         return {HEAD: lambda rngs: Head(shape, rngs=rngs)}
@@ -138,9 +143,11 @@ class DualTimes(Method):
         smallest = t.min(axis=1)
         return jnp.broadcast_to(smallest[:, None], t.shape) if self.teacher_mask else smallest
 
-    def teacher_view(self, example: Draws) -> View:
-        grouped = example["s"].ndim > 1
-        return View(example["s"], example["label"], example["groups"] if grouped else None, grouped and self.separates)
+    def teacher_view(self, example: Draws, shape: TransformerConfig) -> View:
+        if example["s"].ndim == 1:
+            return View(example["s"], example["label"])
+        sizes = self.sizes(shape) if self.separates else None
+        return View(example["s"], example["label"], example["groups"], self.separates, sizes)
 
     def loss(self, seen: Seen) -> Term:
         h, target = seen.student[self.student_block], seen.teacher[self.teacher_block]

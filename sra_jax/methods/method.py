@@ -35,12 +35,14 @@ class View:
       y: labels (B,).
       groups: the group of each token (B,N), or None.
       separate: whether tokens attend within their group only.
+      sizes: with `separate`: tokens of each group, where every example has the same; None: unknown.
     """
 
     t: jax.Array
     y: jax.Array
     groups: jax.Array | None = None
     separate: bool = False
+    sizes: tuple[int, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,9 +130,9 @@ class Method:
         """Times of an example of the student."""
         return 1
 
-    @property
-    def teacher_groups(self) -> int:
-        """Times of an example of the teacher."""
+    def teacher_groups(self, shape: TransformerConfig) -> int | tuple[int, ...]:
+        """Times of an example of the teacher; or the sizes of its groups, where tokens attend within their own."""
+        del shape
         return 1
 
     @property
@@ -146,6 +148,11 @@ class Method:
     def advice(self, stable_diffusion: bool) -> str | None:
         """A word to the user about the latents: whether they are those of Stable Diffusion's autoencoder is given."""
         del stable_diffusion
+        return None
+
+    def sizes(self, shape: TransformerConfig) -> tuple[int, ...] | None:
+        """Where it separates: the tokens of each group, if every example has the same numbers."""
+        del shape
         return None
 
     def together(self, batch_size: int) -> int:
@@ -175,7 +182,7 @@ class Method:
         del key, given, process, shape
         return {}
 
-    def teacher_view(self, example: Draws) -> View:
+    def teacher_view(self, example: Draws, shape: TransformerConfig) -> View:
         """What the teacher is shown; asked only of a method with `teacher_taps`."""
         raise NotImplementedError
 

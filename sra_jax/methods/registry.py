@@ -100,6 +100,10 @@ class Methods:
         """Whether the student's tokens attend within their group only."""
         return any(part.separates for part in self.parts)
 
+    def sizes(self, shape: TransformerConfig) -> tuple[int, ...] | None:
+        """Where the student's tokens attend within groups: the sizes of these, if every example has the same."""
+        return next((part.sizes(shape) for part in self.parts if part.separates), None)
+
     def together(self, batch_size: int) -> int:
         """How many consecutive examples a microbatch must not part."""
         return max((part.together(batch_size) for part in self.parts), default=1)
@@ -125,9 +129,9 @@ class Methods:
             drawn |= part.draw(own, {**given, **drawn}, process, shape)
         return drawn
 
-    def student_view(self, example: Draws) -> View:
+    def student_view(self, example: Draws, shape: TransformerConfig) -> View:
         """What the student is shown."""
-        return View(example["t"], example["y"], example.get("groups"), self.separates)
+        return View(example["t"], example["y"], example.get("groups"), self.separates, self.sizes(shape))
 
     def weights_at(self, step: jax.Array) -> dict[str, jax.Array]:
         """The weight of each term at a step."""
@@ -199,7 +203,7 @@ def noisier_teachers(
     }  # fmt: skip
     drawn |= methods.draw(jax.random.fold_in(key, 1), drawn, process, shape)
     tokens = (count, shape.tokens)
-    views = (methods.student_view(drawn), teaching.teacher_view(drawn))
+    views = (methods.student_view(drawn, shape), teaching.teacher_view(drawn, shape))
 
     student, teacher = (
         jnp.broadcast_to(view.t[:, None] if view.groups is None else token_times(view.t, view.groups), tokens)

@@ -73,7 +73,8 @@ class SelfFlow(Method):
         masked = jax.random.uniform(mask_key, (t.shape[0], shape.tokens)) < self.share
         return {"t": jnp.stack([t, second], axis=1), "groups": masked.astype(jnp.int32), "s": jnp.minimum(t, second)}
 
-    def teacher_view(self, example: Draws) -> View:
+    def teacher_view(self, example: Draws, shape: TransformerConfig) -> View:
+        del shape
         return View(example["s"], example["y"])
 
     def loss(self, seen: Seen) -> Term:

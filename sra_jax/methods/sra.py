@@ -107,7 +107,8 @@ class Alignment(Method):
         del shape
         return {"s": process.teacher_time(key, given["t"], self.interval)}
 
-    def teacher_view(self, example: Draws) -> View:
+    def teacher_view(self, example: Draws, shape: TransformerConfig) -> View:
+        del shape
         return View(example["s"], example["y"])  # the student's labels: the authors drop them once for both
 
     def weight_at(self, step: jax.Array) -> jax.Array:

@@ -12,15 +12,24 @@ from sra_jax.models.transformer import TIME_FREQUENCIES, TransformerConfig
 Shape = TransformerConfig | MMDiTConfig
 
 
-def block_flops(shape: TransformerConfig, groups: int = 1) -> float:
-    """Forward pass of one block for one example, whose tokens have times in so many groups."""
+Groups = int | tuple[int, ...]
+"""How many times the tokens of an example have; or the sizes of the groups, where tokens attend within their own."""
+
+
+def block_flops(shape: TransformerConfig, groups: Groups = 1) -> float:
+    """Forward pass of one block for one example."""
     tokens, width = shape.tokens, shape.width
+    pairs = tokens**2 if isinstance(groups, int) else sum(size**2 for size in groups)
     hidden = int(width * shape.mlp_ratio)
     projections = 2 * tokens * width * (3 * width + width)  # query, key, value; output
-    attention = 2 * 2 * tokens**2 * width  # scores; weighted sum
+    attention = 2 * 2 * pairs * width  # scores; weighted sum
     mlp = 2 * 2 * tokens * width * hidden
-    modulation = groups * 2 * width * 6 * width
+    modulation = _times(groups) * 2 * width * 6 * width
     return projections + attention + mlp + modulation
+
+
+def _times(groups: Groups) -> int:
+    return groups if isinstance(groups, int) else len(groups)
 
 
 def joint_block_flops(shape: MMDiTConfig, *, last: bool = False) -> float:
@@ -34,26 +43,27 @@ def joint_block_flops(shape: MMDiTConfig, *, last: bool = False) -> float:
     return (text + image) * entrance + (image if last else text + image) * rest + attention + modulation
 
 
-def input_flops(shape: Shape, groups: int = 1) -> float:
+def input_flops(shape: Shape, groups: Groups = 1) -> float:
     """The layers whose input is data, so that no gradient goes below them: of patches, the time and the caption."""
-    of_time = groups * 2 * TIME_FREQUENCIES * shape.width
+    of_time = _times(groups) * 2 * TIME_FREQUENCIES * shape.width
     patches = 2 * shape.tokens * shape.patch**2 * shape.channels * shape.width + of_time
     if isinstance(shape, TransformerConfig):
         return patches
     return patches + 2 * (shape.context_length + shape.pooled) * shape.context_width * shape.width
 
 
-def forward_flops(shape: Shape, stop: int | None = None, groups: int = 1) -> float:
+def forward_flops(shape: Shape, stop: int | None = None, groups: Groups = 1) -> float:
     """Forward pass for one example: all of it, or the embeddings and blocks 1..stop."""
     width, blocks = shape.width, shape.depth if stop is None else stop
-    result = input_flops(shape, groups) + groups * 2 * width * width
+    result = input_flops(shape, groups) + _times(groups) * 2 * width * width
     if isinstance(shape, TransformerConfig):
         result += blocks * block_flops(shape, groups)
     else:
         result += 2 * shape.pooled * width * width + min(blocks, shape.depth - 1) * joint_block_flops(shape)
         result += joint_block_flops(shape, last=True) if blocks == shape.depth else 0.0
     if stop is None:
-        result += groups * 2 * width * 2 * width + 2 * shape.tokens * width * shape.patch**2 * shape.output_channels
+        result += _times(groups) * 2 * width * 2 * width
+        result += 2 * shape.tokens * width * shape.patch**2 * shape.output_channels
     return result
 
 
@@ -78,8 +88,8 @@ class StepFlops:
 
 
 def train_step_flops(
-    shape: Shape, batch_size: int, teacher_blocks: int | None = None, head: float = 0.0, groups: int = 1,
-    teacher_groups: int = 1,
+    shape: Shape, batch_size: int, teacher_blocks: int | None = None, head: float = 0.0, groups: Groups = 1,
+    teacher_groups: Groups = 1,
 ) -> StepFlops:
     """One training step.
 

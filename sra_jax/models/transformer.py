@@ -143,19 +143,42 @@ class Condition:
       vector: SiLU of the conditioning vector of each group, (B*G,D), the groups of an example in a row.
       groups: (B,N) int, the group of each token; None: one group an example.
       separate: whether a token attends to the tokens of its own group only.
+      sizes: where the tokens lie in order of their groups, of which every example has the same numbers: these numbers.
     """
 
     vector: jax.Array
     groups: jax.Array | None = None
     separate: bool = False
-
-    @property
-    def segments(self) -> jax.Array | None:
-        """(B,N) int of attention: tokens of unequal numbers do not see each other; None: all do."""
-        return self.groups if self.separate else None
+    sizes: tuple[int, ...] | None = None
 
 
-jax.tree_util.register_dataclass(Condition, data_fields=["vector", "groups"], meta_fields=["separate"])
+jax.tree_util.register_dataclass(Condition, data_fields=["vector", "groups"], meta_fields=["separate", "sizes"])
+
+
+@jax.custom_vjp
+def reordered(x: jax.Array, order: jax.Array, back: jax.Array) -> jax.Array:
+    """Tokens (B,N,D) in another order: token i is x's token `order[:, i]` (B,N); `back` is the inverse order.
+
+    Its gradient is the reverse reordering, where that of a gather would be a scatter.
+    """
+    del back
+    return jnp.take_along_axis(x, order[..., None], axis=1)
+
+
+def _reordered_forward(
+    x: jax.Array, order: jax.Array, back: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return reordered(x, order, back), (order, back)
+
+
+def _reordered_backward(
+    saved: tuple[jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, None, None]:
+    order, back = saved
+    return reordered(gradient, back, order), None, None
+
+
+reordered.defvjp(_reordered_forward, _reordered_backward)
 
 
 def position_table(width: int, grid: int) -> np.ndarray:
@@ -206,7 +229,7 @@ class TimeEmbedding(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention (B,N,D) -> (B,N,D), within segments (B,N) where they are given; softmax in float32."""
+    """Multi-head self-attention (B,N,D) -> (B,N,D), within groups where the condition says so; softmax in float32."""
 
     def __init__(self, config: Sizes, *, rngs: nnx.Rngs, placement: Placement = ANYWHERE):
         self.config = config
@@ -218,8 +241,15 @@ class Attention(nnx.Module):
         self.qkv = nnx.LinearGeneral(config.width, (3, config.heads, head_width), rngs=rngs, **options)
         self.out = nnx.LinearGeneral((config.heads, head_width), config.width, axis=(-2, -1), rngs=rngs, **options)
 
-    def __call__(self, x: jax.Array, segments: jax.Array | None = None) -> jax.Array:
-        return self.out(operations.attend(self.qkv(x), self.config.precision, segments))
+    def __call__(self, x: jax.Array, condition: "Condition | None" = None) -> jax.Array:
+        qkv, precision = self.qkv(x), self.config.precision
+        if condition is None or not condition.separate:
+            return self.out(operations.attend(qkv, precision))
+        if condition.sizes is None:
+            return self.out(operations.attend(qkv, precision, condition.groups))
+        ends = np.cumsum(condition.sizes)
+        parts = [operations.attend(part, precision) for part in jnp.split(qkv, ends[:-1], axis=1)]
+        return self.out(jnp.concatenate(parts, axis=1))
 
 
 class MLP(nnx.Module):
@@ -249,7 +279,7 @@ class Block(nnx.Module):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (
             by_token(part, condition.groups) for part in jnp.split(modulation, 6, axis=-1)
         )
-        x = x + gate_a * self.attention(modulate(layer_norm(x), shift_a, scale_a), condition.segments)
+        x = x + gate_a * self.attention(modulate(layer_norm(x), shift_a, scale_a), condition)
         return x + gate_m * self.mlp(modulate(layer_norm(x), shift_m, scale_m))
 
 
@@ -312,7 +342,7 @@ class Transformer(nnx.Module):
 
     def __call__(
         self, x: jax.Array, t: jax.Array, y: jax.Array, *, groups: jax.Array | None = None, separate: bool = False,
-        taps: Sequence[int] = (), stop: int | None = None,
+        sizes: tuple[int, ...] | None = None, taps: Sequence[int] = (), stop: int | None = None,
     ) -> tuple[jax.Array | None, tuple[jax.Array, ...]]:
         """Predict, and return tokens on the way.
 
@@ -322,6 +352,8 @@ class Transformer(nnx.Module):
           y: labels (B,) int in [0, num_classes]; `num_classes` is the null label.
           groups: with t (B,G): the group of each token, (B,N) int in 0..G-1, tokens row-major.
           separate: with groups: a token attends to the tokens of its own group only (attention separation).
+          sizes: with separate: how many tokens each group has, where that is the same in every example. Attention then
+            computes the scores within groups alone; without it, all scores, of which it masks some.
           taps: block numbers 1..depth, ascending: return the tokens after these blocks. Block counts start at 1 as in
             the paper: m means "after m blocks".
           stop: run blocks 1..stop only, without the final layer; None runs all. Later blocks cost nothing.
@@ -336,7 +368,13 @@ class Transformer(nnx.Module):
         if (t.ndim > 1) != (groups is not None):
             raise ValueError(f"t {t.shape}: times (B,G) need the group of each token, times (B,) take none")
         tokens = self.placement.rows(self.embed(x))
-        condition = Condition(self.placement.rows(self.condition(t, y)), groups, separate)
+        order = back = None
+        if separate and sizes is not None:
+            order = jnp.argsort(groups, axis=1, stable=True)
+            back = jnp.argsort(order, axis=1)
+            tokens = reordered(tokens, order, back)
+            groups = jnp.broadcast_to(np.repeat(np.arange(len(sizes)), sizes), groups.shape)
+        condition = Condition(self.placement.rows(self.condition(t, y)), groups, separate, sizes)
         shared = dataclasses.replace(condition, vector=self.placement.shared(condition.vector))
         graphdef, params = nnx.split(self.blocks)
 
@@ -347,7 +385,9 @@ class Transformer(nnx.Module):
             block, params, tokens, shared, depth=config.depth, taps=tuple(taps), stop=last,
             remat=config.remat, placement=self.placement,
         )
-        if stop is not None:
-            return None, features
-        return unpatchify(self.final(tokens, condition), config.patch), features
+        predicted = None if stop is not None else self.final(tokens, condition)
+        if order is not None:  # back to row-major
+            features = tuple(reordered(x, back, order) for x in features)
+            predicted = None if predicted is None else reordered(predicted, back, order)
+        return None if predicted is None else unpatchify(predicted, config.patch), features
 

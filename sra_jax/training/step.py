@@ -77,18 +77,19 @@ def total_loss(
     def run(params: Params, view: View, **options: Any) -> tuple[Any, jax.Array]:
         times = position_times(view.t, view.groups, shape)
         result = networks.model(params)(
-            process.perturb(x0, e, times), view.t, view.y, groups=view.groups, separate=view.separate, **options
+            process.perturb(x0, e, times), view.t, view.y, groups=view.groups, separate=view.separate, sizes=view.sizes,
+            **options,
         )
         return result, times
 
     taps = methods.student_taps
-    (prediction, tapped), times = run(params, methods.student_view(example), taps=taps)
+    (prediction, tapped), times = run(params, methods.student_view(example, shape), taps=taps)
     loss = process.loss(prediction, x0, e, times).mean()
     metrics: Metrics = {"loss_denoising": loss}
     taught: dict[int, jax.Array] = {}
     if methods.teaching:
         last = methods.teacher_taps
-        view = methods.teaching.teacher_view(example)
+        view = methods.teaching.teacher_view(example, shape)
         (_, tokens), _ = run(jax.lax.stop_gradient(teacher), view, taps=last, stop=last[-1])
         taught = dict(zip(last, tokens, strict=True))
     seen = Seen(

@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 from configs.common import SIZES
+from sra_jax.methods.groups import random_groups
 from sra_jax.models import transformer
 from sra_jax.models.stack import REMAT_POLICIES
 from sra_jax.models.transformer import Condition, Transformer, TransformerConfig, patchify, unpatchify
@@ -227,3 +228,25 @@ def test_position_table_against_the_definition():
             frequency = [10000 ** (-i / 4) for i in range(4)]
             expected = [f(u * w) for u in (column, row) for f in (np.sin, np.cos) for w in frequency]
             np.testing.assert_allclose(table[row * grid + column], expected, atol=1e-7)
+
+
+def test_groups_of_known_sizes_attend_as_masked_ones_do():
+    """Scores within groups alone, or all of them with a mask: prediction, tokens on the way and gradients are equal."""
+    graphdef, params = networks()
+    x, _, y = inputs()
+    sizes = (5, len(x[0].reshape(-1)) // x.shape[-1] // nnx.merge(graphdef, params).config.patch ** 2 - 5)
+    draws = jax.random.uniform(jax.random.key(1), (len(x), sum(sizes)))
+    groups = random_groups(draws, np.array(sizes))
+    t = jax.random.uniform(jax.random.key(2), (len(x), 2))
+
+    def summary(params, sizes):
+        prediction, taps = nnx.merge(graphdef, params)(x, t, y, groups=groups, separate=True, sizes=sizes, taps=(1, 3))
+        return sum(jnp.sin(part).sum() for part in (prediction, *taps)), (prediction, taps)
+
+    run = jax.jit(jax.value_and_grad(summary, has_aux=True), static_argnums=1)
+    (_, sorted_result), sorted_gradient = run(params, sizes)
+    (_, masked_result), masked_gradient = run(params, None)
+    for a, b in zip(jax.tree.leaves(sorted_result), jax.tree.leaves(masked_result), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+    for a, b in zip(jax.tree.leaves(sorted_gradient), jax.tree.leaves(masked_gradient), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4 * max(1, np.abs(b).max()))
