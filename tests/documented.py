@@ -1,7 +1,7 @@
 """Commands in README, docs and docstrings: found, taken apart, and parsed by the commands' own flags.
 
 As a script it loads every command of the project once, in one process: standard input is a JSON list of calls, each a
-list [file, argument, ...]; standard output a JSON object with `help` (file -> exit code and text of --help) and
+list [file, argument, ...]; standard output a JSON object with `help` (file -> flag -> exit code and text) and
 `errors` (what is wrong with each call; empty: nothing).
 """
 
@@ -137,11 +137,11 @@ def error_of(call: list[str]) -> str:
     return ""
 
 
-def help_of(file: str) -> tuple[int, str]:
-    """Exit code and text of `python FILE --help`."""
+def help_of(file: str, flag: str) -> tuple[int, str]:
+    """Exit code and text of `python FILE FLAG`, for any of the flags that ask for help."""
     from absl import flags
 
-    known, sys.argv = set(flags.FLAGS), [str(ROOT / file), "--help"]
+    known, sys.argv = set(flags.FLAGS), [str(ROOT / file), flag]
     code, shown = -1, io.StringIO()
     with contextlib.redirect_stdout(shown):
         try:
@@ -156,5 +156,5 @@ def help_of(file: str) -> tuple[int, str]:
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)
     asked = json.load(sys.stdin)
-    helps = {file: help_of(file) for file in COMMANDS}
+    helps = {file: {flag: help_of(file, flag) for flag in ("--help", "--helpshort", "--helpfull")} for file in COMMANDS}
     print(json.dumps({"help": helps, "errors": [error_of(call) for call in asked]}))

@@ -14,6 +14,7 @@ from sra_jax.config import reference
 from sra_jax.diffusion.registry import PROCESSES, SAMPLERS
 from tests import documented
 from tests.conftest import ROOT, run
+from tests.test_rooms import ROOMS
 
 LISTED = tomllib.loads((ROOT / "tests" / "commands.toml").read_text())
 RUN_BY = {command: test for test, commands in LISTED["run_by"].items() for command in commands}
@@ -93,7 +94,10 @@ def test_flags_and_recipes_of_documented_commands_are_right(loaded):
 
 @pytest.mark.parametrize("file", documented.COMMANDS)
 def test_help_says_what_it_does_and_ends_with_an_example(loaded, file):
-    code, text = loaded[0][file]
+    code, text = loaded[0][file]["--help"]
+    assert loaded[0][file]["--helpshort"] == [code, text]
+    assert "  --flagfile" not in text
+    assert "  --flagfile" in loaded[0][file]["--helpfull"][1]  # absl's own
     assert code == 0
     assert text.startswith((ROOT / file).read_text()[3:].split("\n")[0])
     what, flags, examples = re.split(r"^(?:Flags|Examples):$", text, flags=re.MULTILINE)
@@ -137,6 +141,14 @@ def test_links_and_names_of_files_and_keys_exist(page):
     groups = {key.rpartition(".")[0] for key in keys}
     named = {key.rstrip(".") for key in re.findall(r"--config\.([a-z][\w.]*)", text)}
     assert not named - keys - groups
+
+
+@pytest.mark.fast
+def test_the_rooms_are_described_in_their_order():
+    page = (ROOT / "docs" / "design.md").read_text().split("## Rooms")[1].split("## ")[0]
+    cells = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    described = [name.removesuffix(".py") for cell in cells for name in re.findall(r"`([\w.]+)/?`", cell)]
+    assert described == list(ROOMS)
 
 
 @pytest.mark.fast

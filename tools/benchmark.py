@@ -155,7 +155,7 @@ if __name__ == "__main__":
         evaluation.define_flags()
     else:
         define_flags()
-    if chosen not in COMMANDS and "--help" not in arguments:
+    if chosen not in COMMANDS and not set(arguments) & {*cli.HELP, *cli.HELP_FULL}:
         print(f"error: name what to measure: {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(cli.EXIT_BAD_INPUT)
     cli.run(lambda: main(chosen), arguments)
