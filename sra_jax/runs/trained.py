@@ -44,7 +44,7 @@ class TrainedModel:
                 self.config.sampling.update(sampling or {})
             self.config.mesh.update(data=-1, fsdp=1, model=1)  # the run's own mesh may have been a pod
             self.config.accumulation = 1
-            self.config.batch_size = jax.device_count()
+            self.config.batch_size *= jax.device_count()  # these devices can share it, and the method is content
         config_lib.check(self.config, jax.device_count())
         self.mesh = sharding.make_mesh(config_lib.mesh_shape(self.config, jax.device_count()))
         self.networks = Networks(self.config)
