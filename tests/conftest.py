@@ -14,7 +14,8 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # Most of a test's time would be the compilation of what another test, or the last run of the suite, has compiled.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compilation_cache()))
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(compilation_cache())
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
@@ -33,6 +34,9 @@ TINY_DIGITS = (
 """The digits recipe at a size that trains in a second after compilation."""
 
 CACHE_DAYS = 14
+WORKERS = 4
+FAST_ROOMS = ("config", "data", "diffusion", "methods", "models")
+NOT_FAST = ("test_tfds", "test_worker_processes_change_nothing", "test_worker_processes_read_the_same")
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -43,6 +47,36 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         with contextlib.suppress(OSError):  # another session was faster
             if time.time() - entry.stat().st_mtime > CACHE_DAYS * 86400:
                 entry.unlink()
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The tests of what is pure code are the fast ones, but for those that are marked slow or start processes."""
+    for item in items:
+        room = item.path.relative_to(ROOT / "tests").parts[0]
+        left_out = getattr(item, "originalname", None) in NOT_FAST or item.get_closest_marker("slow")
+        if room in FAST_ROOMS and not left_out:
+            item.add_marker("fast")
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """A worker for each core that has 3 GB of memory to itself; none where the tests of named files are run, since a
+    worker takes seconds to start."""
+    if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
+        return None  # xdist reads it
+    if all(argument.partition("::")[0].endswith(".py") for argument in config.args):
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, WORKERS, _available_memory() // (3 << 30)))
+
+
+def _available_memory() -> int:
+    """In bytes; on a system that does not say, enough."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return 1 << 40
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import contextlib
 import functools
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -26,6 +27,9 @@ ROOT = Path(__file__).resolve().parents[1]
 SERVER = Path(__file__).with_name("running_server.py")
 READ_AT_IMPORT = ("JAX_", "TF_", "GLIBC_", "OPENBLAS_", "OMP_", "LD_", "PYTHON", "MPL")
 """Variables that start so are read before a forked process can be given other ones: it takes a fresh one."""
+
+
+_started = itertools.count()
 
 
 class Command:
@@ -125,13 +129,18 @@ def command_environment(devices: int = 1) -> dict[str, str]:
 
 
 def compilation_cache() -> Path:
-    """A folder of the user's for compiled programs: one for each version of JAX and each kind of processor."""
+    """A folder for compiled programs: one for each version of JAX and each kind of processor, in the user's cache."""
     processor = {platform.machine()}
     with contextlib.suppress(OSError):  # a system without it
         processor |= {line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")}
     versions = [importlib.metadata.version(name) for name in ("jax", "jaxlib")]
     key = hashlib.sha256(repr((versions, sorted(processor))).encode()).hexdigest()[:16]
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "sra_jax_tests" / key
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "sra_jax_tests" / key
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # no home, or one that may not be written to
+        return Path(tempfile.mkdtemp(prefix="sra_jax_tests_"))
+    return folder
 
 
 def start(
@@ -145,13 +154,15 @@ def start(
       devices: how many CPU devices it sees.
       environment: variables besides those of the tests.
       folder: where it runs.
-      fresh: start Python anew. So do arguments that name no script, and variables that are read at an import.
+      fresh: start Python anew. So does the first call of a session, which may be the only one; so do arguments that
+        name no script, and variables that are read at an import.
     """
     variables = command_environment(devices) | dict(environment or {})
     script, *flags = arguments
     if folder != ROOT and script.endswith(".py"):
         script = str(ROOT / script)
-    if fresh or not script.endswith(".py") or _imported(variables) != _server()[1]:
+    first = next(_started) == 0
+    if fresh or first or not script.endswith(".py") or _imported(variables) != _server()[1]:
         return subprocess.Popen(
             [sys.executable, script, *flags], cwd=folder, env=variables, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, text=True,
