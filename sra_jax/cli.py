@@ -5,6 +5,7 @@ Flags that hold numbers and paths are defined here, so that all are read in one 
 """
 
 import difflib
+import errno
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,6 +16,11 @@ from sra_jax import values
 from sra_jax.errors import Preempted, RunError, UserError
 
 flags.disclaim_key_flags()  # they belong to the command that defines them, and stand in its --help
+
+SYSTEM_ERRORS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE,
+)  # fmt: skip
+"""Errors that say nothing of the program: a full or broken disk, too many open files."""
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
@@ -53,6 +59,15 @@ def run(main: Callable[[], int | None], argv: list[str] | None = None) -> None:
             code = EXIT_BAD_INPUT
         except RunError as error:
             print(f"error: {error}", file=sys.stderr)
+            code = EXIT_FAILED
+        except OSError as error:
+            if error.errno not in SYSTEM_ERRORS:
+                raise
+            print(
+                f"error: {error.filename or 'a file'}: {error.strerror}. What was finished is kept; mend this and "
+                "start the same command again",
+                file=sys.stderr,
+            )
             code = EXIT_FAILED
         except Preempted as notice:
             print(notice, file=sys.stderr)

@@ -262,6 +262,15 @@ def locked(path: Path, change: str) -> Iterator[Lock]:
         _close(descriptor)
 
 
+@contextlib.contextmanager
+def locked_output(path: str | Path, change: str) -> Iterator[Lock]:
+    """`locked`, of a file whose folder is made where it does not exist."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path, change) as lock:
+        yield lock
+
+
 def _acquire(path: Path, file: Path, record: Mapping[str, Any], change: str) -> int:
     """The open lock's file, locked and with our record in it."""
 

@@ -28,6 +28,7 @@ Examples:
     python tools/fid.py --samples=samples.npz --reference=photos_stats.npz --metrics=all --json=result.json
 """
 
+import contextlib
 import json
 import pathlib
 import sys
@@ -39,9 +40,11 @@ from sra_jax import memory_pages
 if __name__ == "__main__":
     memory_pages.use_large_pages()
 
+import numpy as np
 from absl import flags
 
 from sra_jax import cli, files, values
+from sra_jax.data import classes
 from sra_jax.errors import UserError
 from sra_jax.evaluation import evaluate
 from sra_jax.evaluation import samples as runs
@@ -52,13 +55,16 @@ from sra_jax.evaluation.images import ImageSet, open_images
 from sra_jax.evaluation.reference import (
     Reference,
     check_statistics_path,
+    holds_inception_statistics,
+    image_size_of,
     load_reference,
+    parts_of,
     save_reference,
     stored_metadata,
 )
 from sra_jax.runs.trained import TrainedModel
-from sra_jax.sampling.generation import generator_of
-from sra_jax.sampling.options import define_sampling_flags, parse_labels, sampling_overrides
+from sra_jax.sampling.generation import Generator, generator_of
+from sra_jax.sampling.options import LABELS_HELP, define_sampling_flags, parse_labels, sampling_overrides
 
 FLAGS = flags.FLAGS
 
@@ -69,11 +75,12 @@ cli.source_flag(
     "what to compare with: ADM's reference npz, a statistics file from --make_reference, an npz or a folder of images, "
     "a dataset (digits, idx:DIR, imagefolder:DIR, tfds:NAME), or 'dataset', the training set of --workdir",
 )
+cli.path_flag("data_dir", None, "folder of TFDS's sets, for --reference=tfds:NAME; by default TFDS's own")
 cli.path_flag("workdir", None, "measure samples of this run's checkpoint in place of --samples")
 cli.whole_flag("step", None, "with --workdir: which checkpoint; by default the newest", 0, values.COUNT_LIMIT)
 flags.DEFINE_enum("tree", "ema", ["ema", "params"], "with --workdir: which of the two parameter trees")
 cli.whole_flag("num_samples", 50_000, "with --workdir: how many samples", 2, values.COUNT_LIMIT)
-flags.DEFINE_string("labels", "balanced", "with --workdir: balanced, uniform, or class numbers, taken in turn")
+flags.DEFINE_string("labels", "balanced", f"with --workdir: {LABELS_HELP}")
 cli.whole_flag("sampling_batch_size", 250, "with --workdir: samples at a time, over all devices", 1, values.BATCH_LIMIT)
 cli.path_flag("save_samples", None, "with --workdir: write the samples to this new npz file, for ADM's suite")
 define_sampling_flags()
@@ -125,41 +132,99 @@ def _check_flags() -> None:
 
 
 def _open_reference(model: TrainedModel | None, samples: ImageSet | None) -> str | ImageSet | None:
-    """The reference as it is named, or its images where that is a dataset."""
-    if model and FLAGS.reference:
-        return runs.open_reference(FLAGS.reference, model.config.data)
-    if not FLAGS.reference or not is_dataset(FLAGS.reference):
-        return FLAGS.reference
-    if FLAGS.reference == OWN:
+    """The reference: its images as a set that is open, statistics as their path."""
+    name, labelled = FLAGS.reference, FLAGS.extractor == "classifier"
+    if name and FLAGS.data_dir and not name.startswith("tfds:"):
+        raise UserError(f"--data_dir={FLAGS.data_dir} is for --reference=tfds:NAME, this is --reference={name}")
+    if model and name:
+        reference = runs.open_reference(name, model.config.data, labelled=labelled, data_dir=FLAGS.data_dir)
+    elif not name or not is_dataset(name):
+        reference = name
+    elif name == OWN:
         raise UserError("--reference=dataset is the training set of a run: it needs --workdir")
-    if samples is None and FLAGS.reference != "digits":
-        raise UserError(f"--reference={FLAGS.reference} comes in the samples' size: give --samples or --workdir, too")
-    shape = samples.shape if samples else (0, 8, 8, 1)
-    return named_images(FLAGS.reference, shape[1], shape[3])
+    elif samples is None and name != "digits":
+        raise UserError(f"--reference={name} comes in the samples' size: give --samples or --workdir, too")
+    else:
+        shape = samples.shape if samples is not None else (0, 8, 8, 1)
+        reference = named_images(name, shape[1], shape[3], labelled=labelled, data_dir=FLAGS.data_dir)
+    if isinstance(reference, str) and not stored_metadata(reference) and not holds_inception_statistics(reference):
+        return open_images(reference)
+    return reference
 
 
-def _metrics(extractor: Extractor, *, labels: bool) -> tuple[str, ...]:
-    if FLAGS.metrics is None:
-        metrics = evaluate.default_metrics(extractor, labels=labels)
-    elif FLAGS.metrics == ["all"]:
-        known = extractor.predicts_labels and labels
-        metrics = tuple(
-            name
-            for name, (_, output, _) in evaluate.METRICS.items()
-            if output in extractor.outputs and (known or name != "accuracy")
-        )
+def _say_what_is_there(what: str, images: ImageSet) -> None:
+    if images.class_names is not None:
+        said = classes.described(len(images.class_names), images.class_names)
+        print(f"{what} {images.name}: {said}", file=sys.stderr)
+    if images.left_out:
+        print(f"{what} {images.name}: left out {images.left_out}", file=sys.stderr)
+
+
+def _metrics(extractor: Extractor, parts: frozenset[str], *, labels: bool) -> tuple[str, ...]:
+    """Those asked for; by default those that extractor and reference can give, and a word on the others."""
+    if FLAGS.metrics is None or FLAGS.metrics == ["all"]:
+        metrics = evaluate.default_metrics(extractor, labels=labels, parts=parts)
+        wanted = evaluate.default_metrics(extractor, labels=labels)
+        if FLAGS.metrics is not None:
+            wanted = tuple(
+                name for name, (_, output, _) in evaluate.METRICS.items()
+                if output in extractor.outputs and (name != "accuracy" or name in wanted)
+            )  # fmt: skip
+            metrics = tuple(name for name in wanted if evaluate.METRICS[name][2] in (None, *parts))
+        if left := [name for name in wanted if name not in metrics]:
+            print(f"left out: {', '.join(left)}, which {FLAGS.reference} holds nothing for", file=sys.stderr)
     else:
         metrics = tuple(FLAGS.metrics)
     evaluate.check_metrics(metrics, extractor, labels=labels)
     return metrics
 
 
+def _check_reference(source: str | ImageSet | None, parts: frozenset[str], metrics: tuple[str, ...]) -> None:
+    """What the metrics need of the reference is there."""
+    needed = [name for name in metrics if evaluate.METRICS[name][2]]
+    if needed and source is None:
+        raise UserError(f"{', '.join(needed)} need --reference; without one choose --metrics=inception_score")
+    if lacking := [name for name in needed if evaluate.METRICS[name][2] not in parts]:
+        raise UserError(
+            f"--metrics={','.join(lacking)}: {FLAGS.reference} holds {', '.join(sorted(parts))} statistics only; leave "
+            "these out, or give ADM's file or the images"
+        )
+    if source is not None and isinstance(source, str) and "features" not in parts and not stored_metadata(source):
+        print(
+            f"{source} holds mu and sigma only, and does not say of what: pytorch-fid and clean-fid resize images in "
+            "other ways than ADM's suite, which this follows, so their statistics give other FIDs",
+            file=sys.stderr,
+        )
+
+
+def _label_translation(
+    extractor: Extractor, metrics: tuple[str, ...], model: TrainedModel | None, samples: ImageSet | None
+) -> tuple[np.ndarray | None, tuple[str, ...]]:
+    """How the samples' labels are numbered by the classifier, by the names of classes; the metrics that can be had."""
+    if "accuracy" not in metrics:
+        return None, metrics
+    try:
+        if model is not None:
+            names, count = model.class_names, model.config.data.num_classes
+        else:
+            if samples.labels.min() < 0:
+                raise UserError(f"labels of {FLAGS.samples} run from {samples.labels.min()}, and must be from 0")
+            names, count = samples.class_names, int(samples.labels.max()) + 1
+            count = count if names is None else len(names)
+        return evaluate.label_translation(extractor, names, count, FLAGS.samples or FLAGS.workdir), metrics
+    except UserError as error:
+        if FLAGS.metrics is not None and "accuracy" in FLAGS.metrics:
+            raise
+        print(f"accuracy is left out: {error}", file=sys.stderr)
+        return None, tuple(name for name in metrics if name != "accuracy")
+
+
 def _measure_run(
-    model: TrainedModel, reference: Reference | None, extractor: Extractor, metrics: tuple[str, ...]
+    model: TrainedModel, generator: Generator, reference: Reference | None, extractor: Extractor,
+    metrics: tuple[str, ...], translation: np.ndarray | None,
 ) -> dict[str, object]:
     """Generate, measure, keep the result in the workdir."""
-    workdir, labels = pathlib.Path(FLAGS.workdir), parse_labels(FLAGS.labels)
-    generator = generator_of(model, FLAGS.sampling_batch_size, FLAGS.seed)
+    workdir, labels = pathlib.Path(FLAGS.workdir), parse_labels(FLAGS.labels, model.class_names)
     made = {"step": model.step, "tree": FLAGS.tree, "labels": FLAGS.labels, "sampling": generator.describe()}
     samples = runs.Samples(
         generator, model.params, FLAGS.num_samples, labels, extractor, keep_images=bool(FLAGS.save_samples),
@@ -167,58 +232,95 @@ def _measure_run(
             workdir, {**made, "extractor": extractor.identity, "images": bool(FLAGS.save_samples)}
         ),
     )  # fmt: skip
-    if kept := samples.kept():
-        print(f"{kept} of {FLAGS.num_samples} samples are kept from an earlier attempt", file=sys.stderr)
-    result = evaluate.measure_features(
-        samples.features(f"samples of step {model.step}"), reference, extractor, metrics=metrics,
-        image_size=generator.image_size(), seed=FLAGS.seed,
-    )  # fmt: skip
-    if FLAGS.save_samples:
-        samples.write_npz(pathlib.Path(FLAGS.save_samples))
-    result = {"samples": f"{FLAGS.workdir} step {model.step}", **made, **result}
-    path = runs.write_result(workdir, model.step, result)
-    samples.forget()
+    with samples.locked():
+        if kept := samples.kept():
+            print(f"{kept} of {FLAGS.num_samples} samples are kept from an earlier attempt", file=sys.stderr)
+        result = evaluate.measure_features(
+            samples.features(f"samples of step {model.step}"), reference, extractor, metrics=metrics,
+            image_size=generator.image_size(), seed=FLAGS.seed, translation=translation,
+        )  # fmt: skip
+        result = {"samples": f"{FLAGS.workdir} step {model.step}", **made, **result}
+        path = runs.write_result(workdir, model.step, result)
+        if FLAGS.save_samples:
+            files.write_results(
+                {pathlib.Path(FLAGS.save_samples): lambda path: samples.write_npz(path, model.class_names)}
+            )
+        samples.forget()
     print(f"wrote {path}", file=sys.stderr)
     return result
 
 
+def _measure_files(
+    samples: ImageSet, reference: Reference | None, extractor: Extractor, metrics: tuple[str, ...],
+    translation: np.ndarray | None,
+) -> dict[str, object]:
+    """Measure; how often each class is among the samples belongs to the result."""
+    result = evaluate.measure(
+        samples.batches(256), reference, extractor, metrics=metrics, batch_size=FLAGS.batch_size, total=len(samples),
+        seed=FLAGS.seed, translation=translation,
+    )  # fmt: skip
+    if samples.labels is not None:
+        counts = np.unique(samples.labels, return_counts=True)[1]
+        result["samples_per_class"] = [int(counts.min()), int(counts.max())]
+    return {"samples": FLAGS.samples, **result}
+
+
 def main() -> None:
-    """Open everything, refuse what cannot work, measure, report."""
+    """Open everything, refuse what cannot work, then measure."""
     _check_flags()
-    model = None
+    model = generator = samples = None
     if FLAGS.workdir:
+        files.check_output("--workdir", pathlib.Path(FLAGS.workdir) / runs.FOLDER, folder=True)
         model = TrainedModel(pathlib.Path(FLAGS.workdir), FLAGS.step, FLAGS.tree, sampling_overrides())
-    samples = open_images(FLAGS.samples) if FLAGS.samples else None
+        parse_labels(FLAGS.labels, model.class_names)
+        generator = generator_of(model, FLAGS.sampling_batch_size, FLAGS.seed)  # finds the decoder's weights
+    if FLAGS.samples:
+        samples = open_images(FLAGS.samples)
+        _say_what_is_there("samples", samples)
     source = _open_reference(model, samples)
-    if source is not None:
-        stored_metadata(source)
-    extractor = runs.extractor_for(FLAGS.extractor, FLAGS.weights, source)
-    count = len(samples) if samples else FLAGS.num_samples
-    metrics = _metrics(extractor, labels=samples.labels is not None if samples else True) if samples or model else ()
+    if isinstance(source, ImageSet):
+        _say_what_is_there("reference", source)
+    if source is not None and (model or samples is not None):
+        size = samples.shape[1:3] if samples is not None else generator.image_size()
+        evaluate.check_sizes(FLAGS.reference, image_size_of(source), size)
+    extractor, source = runs.extractor_for(FLAGS.extractor, FLAGS.weights, source)
+    parts = frozenset() if source is None else parts_of(source, extractor)
+    metrics: tuple[str, ...] = ()
+    if model or samples is not None:
+        labels = model is not None or samples.labels is not None
+        metrics = _metrics(extractor, parts if source is not None else frozenset(evaluate.PARTS), labels=labels)
+    count = len(samples) if samples is not None else FLAGS.num_samples
     if metrics and count < evaluate.least_samples(metrics):
         raise UserError(
             f"{FLAGS.samples or 'the run'} has {count} images; {', '.join(metrics)} need at least "
             f"{evaluate.least_samples(metrics)}"
         )
-    needed = [name for name in metrics if evaluate.METRICS[name][2]]
-    if needed and not FLAGS.reference:
-        raise UserError(f"{', '.join(needed)} need --reference; without one choose --metrics=inception_score")
+    _check_reference(source, parts, metrics)
+    translation, metrics = _label_translation(extractor, metrics, model, samples)
 
+    with contextlib.ExitStack() as locks:
+        for flag in ("save_samples", "make_reference", "json"):
+            if path := FLAGS[flag].value:
+                locks.enter_context(files.locked_output(path, f"choose another --{flag}"))
+        _work(model, generator, samples, source, extractor, metrics, translation)
+
+
+def _work(
+    model: TrainedModel | None, generator: Generator | None, samples: ImageSet | None, source: str | ImageSet | None,
+    extractor: Extractor, metrics: tuple[str, ...], translation: np.ndarray | None,
+) -> None:
+    """Load the reference, measure, report."""
     reference = None
-    if source is not None and (needed or FLAGS.make_reference):
+    if source is not None and (FLAGS.make_reference or any(evaluate.METRICS[name][2] for name in metrics)):
         with_features = bool(FLAGS.make_reference or evaluate.NEEDS_FEATURES & set(metrics))
         reference = load_reference(source, extractor, with_features=with_features, batch_size=FLAGS.batch_size)
     if FLAGS.make_reference:
         files.write_results({pathlib.Path(FLAGS.make_reference): lambda path: save_reference(reference, path)})
         print(f"wrote {FLAGS.make_reference}", file=sys.stderr)
     if model:
-        result = _measure_run(model, reference, extractor, metrics)
-    elif samples:
-        result = evaluate.measure(
-            samples.batches(256), reference, extractor, metrics=metrics, batch_size=FLAGS.batch_size, total=count,
-            seed=FLAGS.seed,
-        )  # fmt: skip
-        result = {"samples": FLAGS.samples, **result}
+        result = _measure_run(model, generator, reference, extractor, metrics, translation)
+    elif samples is not None:
+        result = _measure_files(samples, reference, extractor, metrics, translation)
     else:
         return
     print(evaluate.table(result), file=sys.stderr)

@@ -38,6 +38,7 @@ import numpy as np
 from absl import flags
 
 from sra_jax import cli, files, values
+from sra_jax.data import classes
 from sra_jax.data import registry as datasets
 from sra_jax.data.dataset import Dataset
 from sra_jax.errors import UserError
@@ -89,6 +90,12 @@ def main() -> None:
         parse_blocks(FLAGS.blocks, min(depths)), parse_levels(FLAGS.levels), FLAGS.condition, FLAGS.seed
     )
     settings.check(min(depths))
+    with files.locked_output(output / FILES[0], "choose another --output"):
+        probe_all(output, names, models, settings)
+
+
+def probe_all(output: pathlib.Path, names: list[str], models: list[TrainedModel], settings: Settings) -> None:
+    """Probe each run and write the files."""
     records = []
     for name, workdir, model in zip(names, FLAGS.workdir, models, strict=True):
         accuracy = probe_run(model, pathlib.Path(workdir), settings)
@@ -103,30 +110,38 @@ def main() -> None:
 
 def probe_run(model: TrainedModel, workdir: pathlib.Path, settings: Settings) -> np.ndarray:
     """Accuracies (levels, blocks) of one run."""
-    if FLAGS.path:
-        with model.config.unlocked():
-            model.config.data.path = FLAGS.path
-    dataset = datasets.load(model.config.data)
+    train_path = FLAGS.path or model.config.data.path
+    dataset = open_set(model, train_path)
+    test = open_set(model, FLAGS.test_path) if FLAGS.test_path else dataset
+    classes.check_same(dataset.class_names, test.class_names, f"--test_path={FLAGS.test_path}")
     order = np.random.default_rng(SPLIT_SEED).permutation(len(dataset.source))
     held_out = 0 if FLAGS.test_path else round(TEST_SHARE * len(order))
     train = np.sort(order[held_out:][: FLAGS.num_examples or None])
+    if not FLAGS.test_path and (not held_out or not len(train)):
+        raise UserError(f"{len(order)} examples are too few to train and to test a probe on")
     cache = pathlib.Path(FLAGS.cache) if FLAGS.cache else workdir / "features"
 
-    def features(dataset: Dataset, indices: np.ndarray, part: str) -> FeatureSet:
+    def features(dataset: Dataset, path: str, indices: np.ndarray, part: str) -> FeatureSet:
+        with model.config.unlocked():
+            model.config.data.path = path  # the cache's name depends on it
         return extract_to_disk(
             model, dataset, indices, settings, cache, FLAGS.extraction_batch_size, f"{workdir}: {part} features"
         )
 
-    train_set = features(dataset, train, "training")
-    if FLAGS.test_path:
-        with model.config.unlocked():
-            model.config.data.path = FLAGS.test_path
-        dataset = datasets.load(model.config.data)
-        test_set = features(dataset, np.arange(len(dataset.source)), "test")
-    else:
-        test_set = features(dataset, np.sort(order[:held_out]), "test")
+    train_set = features(dataset, train_path, train, "training")
+    indices = np.arange(len(test.source)) if FLAGS.test_path else np.sort(order[:held_out])
+    test_set = features(test, FLAGS.test_path or train_path, indices, "test")
     schedule = Schedule(FLAGS.epochs, FLAGS.batch_size, FLAGS.learning_rate, FLAGS.seed)
     return probe(train_set, test_set, model.config.data.num_classes, schedule)
+
+
+def open_set(model: TrainedModel, path: str) -> Dataset:
+    """The set at a data.path, which has the run's classes."""
+    with model.config.unlocked():
+        model.config.data.path = path
+    dataset = datasets.load(model.config.data)
+    classes.check_same(model.class_names, dataset.class_names, path or model.config.data.name)
+    return dataset
 
 
 def write(output: pathlib.Path, records: list[dict], settings: Settings) -> None:

@@ -25,9 +25,10 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import jax
 import numpy as np
 from absl import flags
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from sra_jax import cli, files, values
+from sra_jax.data import classes, images
 from sra_jax.data import registry as datasets
 from sra_jax.data.dataset import Example
 from sra_jax.distributed import sharding
@@ -65,6 +66,12 @@ def main() -> None:
     depth = min(model.config.model.depth for model in models)
     settings = Settings(parse_blocks(FLAGS.blocks, depth), parse_levels(FLAGS.levels), FLAGS.condition, FLAGS.seed)
     settings.check(depth)
+    with files.locked_output(output, "choose another --output"):
+        draw(output, names, models, settings)
+
+
+def draw(output: pathlib.Path, names: list[str], models: list[TrainedModel], settings: Settings) -> None:
+    """All models in one picture."""
     maps = {}
     for name, model in zip(names, models, strict=True):
         maps[name], inputs = run(model, settings)
@@ -75,6 +82,7 @@ def main() -> None:
 def run(model: TrainedModel, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
     """Colours (L,K,G,G,3) and noisy inputs (L,H,W,1 or 3) in [0, 1] of one model."""
     dataset = datasets.load(model.config.data)
+    classes.check_same(model.class_names, dataset.class_names, model.config.data.path or model.config.data.name)
     if FLAGS.image:
         example = datasets.example_from_image(model.config.data, read_image(pathlib.Path(FLAGS.image)))
     else:
@@ -98,8 +106,8 @@ def run(model: TrainedModel, settings: Settings) -> tuple[np.ndarray, np.ndarray
 def read_image(path: pathlib.Path) -> Image.Image:
     """A picture file, cropped to its central square, RGB."""
     try:
-        picture = Image.open(path).convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
+        picture = images.read_image(path).convert("RGB")
+    except images.UnreadableImageError as error:
         raise UserError(f"--image={path} cannot be read as a picture ({error})") from error
     side = min(picture.size)
     left, top = (picture.width - side) // 2, (picture.height - side) // 2

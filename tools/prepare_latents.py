@@ -6,18 +6,21 @@ Images are cropped as ADM does (box halving, bicubic, centre), scaled to [-1, 1]
 deviation of the posterior are stored in ArrayRecord shards with the label, and manifest.json describes them. Train on
 them with --config.data.name=latents --config.data.path=OUTPUT.
 
+A folder's classes are numbered in the order of their names as text (torchvision's: 0, 1, 10, 11, 2, ...); which label
+stands for which is said at the start and kept in the manifest. Hidden files and folders are passed over.
+
 Interrupted work goes on with the next unfinished shard when the same command runs again, and gives the same bytes on
 the same devices and --batch_size. To share the work, run the command in several processes on one file system: the
 process's index and count are JAX's on a TPU pod, those of a SLURM step (SLURM_PROCID, SLURM_STEP_NUM_TASKS), or the
 flags'. The last process to finish writes the manifest.
 
 Exit codes: 0 all images encoded (in this process's shards); 2 bad input; 3 done, but some images could not be read:
-they are listed on stderr and in the manifest; 4 --verify found damaged shards.
+they are listed on stderr and in the manifest; 4 --verify found damaged shards, or examples that are not finite.
 
 Examples:
 
-    # ImageNet, prepared by TensorFlow Datasets (TFDS_DATA_DIR says where)
-    python tools/prepare_latents.py --source=tfds:imagenet2012 --output=/data/latents256 --image_size=256
+    # ImageNet, prepared by TensorFlow Datasets
+    python tools/prepare_latents.py --source=tfds:imagenet2012 --data_dir=/data/tfds --output=/data/latents256
 
     # a folder of class folders, with a VAE from a folder, in half the space
     python tools/prepare_latents.py --source=imagefolder:/data/train --output=/data/latents512 --image_size=512 \\
@@ -32,7 +35,7 @@ Examples:
     # features of an external encoder beside the latents, for REPA: one array (tokens, channels) an example
     python tools/prepare_latents.py --features=/data/dinov2 --output=/data/latents256
 
-    # read every shard and compare checksums
+    # read every shard: compare checksums, look for NaN and for labels without a class
     python tools/prepare_latents.py --verify --output=/data/latents256
 """
 
@@ -55,7 +58,7 @@ from absl import flags
 from tqdm import tqdm
 
 from sra_jax import cli, files, values
-from sra_jax.data import features, shards
+from sra_jax.data import classes, features, shards
 from sra_jax.data.image_sources import open_images
 from sra_jax.data.moments import MomentsFolder
 from sra_jax.data.preparation import ImageEncoder, MomentsCopier, prepare
@@ -68,6 +71,7 @@ EXIT_DAMAGED = 4
 FLAGS = flags.FLAGS
 cli.source_flag("source", None, "Where the images are: see above.")
 cli.path_flag("output", None, "Folder of the latents; made if it does not exist.")
+cli.path_flag("data_dir", None, "With tfds: the folder of its sets; by default TFDS's own, or TFDS_DATA_DIR.")
 cli.whole_flag("image_size", 256, "Side of the cropped images in pixels.", 1, 16_384)
 cli.path_flag(
     "vae",
@@ -166,6 +170,8 @@ def main() -> int:
     index, count = processes()
     kind, _, path = FLAGS.source.partition(":")
     if kind == "edm2":
+        if FLAGS.data_dir:
+            raise UserError("--data_dir is the folder of TFDS's sets, and edm2 is none of them")
         if FLAGS.flip:
             raise UserError("--flip needs images: moments that are encoded already cannot be flipped exactly")
         source = MomentsFolder(path)
@@ -177,11 +183,14 @@ def main() -> int:
                 f"{maker.settings['image_size']} pixels: leave --image_size out"
             )
     else:
-        source = open_images(FLAGS.source)
+        source = open_images(FLAGS.source, FLAGS.data_dir)
         vae = autoencoder.load(FLAGS.vae, jnp.dtype(FLAGS.compute_dtype))
         vae_config, fingerprint = vae.config, vae.fingerprint
         maker = ImageEncoder(vae, FLAGS.image_size, FLAGS.batch_size, FLAGS.flip)
 
+    print(f"{FLAGS.source}: {len(source):,} images, {classes.described(source.num_classes, source.class_names)}")
+    if source.left_out:
+        print(f"{FLAGS.source}: left out {source.left_out}")
     report = prepare(
         source,
         maker,

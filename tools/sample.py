@@ -1,7 +1,8 @@
 """Make images from a run's checkpoint.
 
 Reads the EMA of the newest (or --step's) checkpoint. The npz holds arr_0, the images (N,H,W,C) uint8, and arr_1, their
-labels (N,) int64, as the ADM evaluation suite reads them. Sample i depends on --seed, i and its label alone, so
+labels (N,) int64, as the ADM evaluation suite reads them, and class_names (K,), what the labels stand for, where the
+run's set has names. Sample i depends on --seed, i and its label alone, so
 --batch_size and the number of devices change nothing but speed. What is not given is taken from the run's config.
 
 Exit codes: 0 done, 1 made but not written (kept elsewhere, the message says where), 2 bad input.
@@ -13,8 +14,10 @@ Examples:
         --num_samples=64 --grid=grid.png
 """
 
+import contextlib
 import pathlib
 import sys
+from collections.abc import Sequence
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
@@ -31,8 +34,14 @@ from sra_jax import cli, files, values
 from sra_jax.errors import UserError
 from sra_jax.runs.trained import TrainedModel
 from sra_jax.sampling import pictures
-from sra_jax.sampling.generation import generator_of
-from sra_jax.sampling.options import define_sampling_flags, parse_labels, sampling_overrides
+from sra_jax.sampling.generation import Generator, generator_of
+from sra_jax.sampling.options import (
+    LABELS_HELP,
+    define_sampling_flags,
+    describe_labels,
+    parse_labels,
+    sampling_overrides,
+)
 
 FLAGS = flags.FLAGS
 GRID_COLUMNS = 10
@@ -41,7 +50,7 @@ cli.path_flag("workdir", None, "The run's folder.", required=True)
 cli.whole_flag("step", None, "Checkpoint to read; by default the newest.", 0, values.COUNT_LIMIT)
 flags.DEFINE_enum("weights", "ema", ["ema", "params"], "Which of the two parameter trees.")
 cli.whole_flag("num_samples", 1000, "How many images.", 1, values.COUNT_LIMIT)
-flags.DEFINE_string("labels", "balanced", "balanced, uniform, or class numbers, taken in turn: 207,360.")
+flags.DEFINE_string("labels", "balanced", LABELS_HELP)
 cli.whole_flag("seed", 0, "Of noise and uniform labels.", 0, values.SEED_LIMIT)
 cli.whole_flag("batch_size", 250, "Images at a time over all devices.", 1, values.BATCH_LIMIT)
 cli.path_flag("output", None, "npz file to write.")
@@ -58,10 +67,21 @@ def main() -> None:
     for flag in filter(lambda name: FLAGS[name].value, ("output", "grid")):
         files.check_output(f"--{flag}", FLAGS[flag].value, FLAGS.overwrite)
     model = TrainedModel(pathlib.Path(FLAGS.workdir), FLAGS.step, FLAGS.weights, sampling_overrides())
+    chosen_labels = parse_labels(FLAGS.labels, model.class_names)
+    if said := describe_labels(chosen_labels, model.class_names):
+        print(f"labels: {said}", file=sys.stderr)
     generator = generator_of(model, FLAGS.batch_size, FLAGS.seed)
+    with contextlib.ExitStack() as locks:
+        for flag in filter(lambda name: FLAGS[name].value, ("output", "grid")):
+            locks.enter_context(files.locked_output(FLAGS[flag].value, f"choose another --{flag}"))
+        make(model, generator, chosen_labels)
+
+
+def make(model: TrainedModel, generator: Generator, chosen_labels: str | Sequence[int]) -> None:
+    """Sample and write."""
     images, labels = [], []
     with tqdm(total=FLAGS.num_samples, desc=f"sampling step {model.step}", unit="image", dynamic_ncols=True) as bar:
-        for batch, chosen in generator.images(model.params, FLAGS.num_samples, parse_labels(FLAGS.labels)):
+        for batch, chosen in generator.images(model.params, FLAGS.num_samples, chosen_labels):
             if FLAGS.output and not images:
                 files.check_room("--output", FLAGS.output, batch[0].nbytes * FLAGS.num_samples)
             images.append(batch)
@@ -71,6 +91,8 @@ def main() -> None:
     results = {}
     if FLAGS.output:
         arrays = {"arr_0": images, "arr_1": labels.astype(np.int64)}
+        if model.class_names is not None:
+            arrays["class_names"] = np.array(model.class_names)
         results[pathlib.Path(FLAGS.output)] = lambda path: files.write_npz(path, arrays)
     if FLAGS.grid:
         results[pathlib.Path(FLAGS.grid)] = lambda path: files.write_png(path, class_rows(images, labels))

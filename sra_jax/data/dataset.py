@@ -11,7 +11,11 @@ Example = Mapping[str, np.ndarray]
 
 
 class ExampleSource(Protocol):
-    """Random access to examples, as grain reads it: picklable, the same example for the same index every time."""
+    """Random access to examples, as grain reads it: picklable, the same example for the same index every time.
+
+    A source may also have `read_batch(indices)`, which returns examples stacked, and `where(index)`, which names the
+    place of one for messages.
+    """
 
     def __len__(self) -> int: ...
 
@@ -33,6 +37,7 @@ class Dataset:
       class_names: one name a class, or None.
       stable_diffusion: whether the latents are those of Stable Diffusion's autoencoder; None where it makes no
         difference.
+      left_out: what lies beside the examples and is not in the set, in words; empty where nothing is.
     """
 
     source: ExampleSource
@@ -41,6 +46,7 @@ class Dataset:
     encode: Callable[[Mapping[str, jax.Array], Any], jax.Array]
     class_names: tuple[str, ...] | None = None
     stable_diffusion: bool | None = False
+    left_out: str = ""
 
 
 class Decoder(Protocol):

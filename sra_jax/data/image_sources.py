@@ -1,7 +1,9 @@
 """Labelled images from where users have them, named by one string each.
 
-    tfds:NAME[:VERSION][:SPLIT]   a TFDS image classification set prepared on disk (TFDS_DATA_DIR says where)
-    imagefolder:DIR               one folder a class with jpg, png or webp files, at any depth
+    tfds:NAME[:VERSION][:SPLIT]   a TFDS image classification set prepared on disk (TFDS_DATA_DIR says where, or the
+                                  argument data_dir)
+    imagefolder:DIR               one folder a class with jpg, png or webp files, at any depth; classes are numbered in
+                                  the order of their folders' names as text, as torchvision does: 0, 1, 10, 11, 2, ...
     idx:DIR[:train|t10k]          MNIST's format: train-images-idx3-ubyte and -labels-idx1-ubyte, also with .gz
     sklearn:photos                scikit-learn's two sample photographs, a class each
 
@@ -9,6 +11,7 @@
 """
 
 import dataclasses
+import difflib
 import gzip
 import hashlib
 import os
@@ -19,10 +22,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from tqdm import tqdm
 
+from sra_jax.data import image_files
+from sra_jax.data.image_files import IMAGE_SUFFIXES
 from sra_jax.errors import UserError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+_SPLIT_NAMES = frozenset({"train", "training", "val", "valid", "validation", "test", "testing", "eval"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +53,13 @@ class ImageSource(Protocol):
       num_classes: labels run from 0 to num_classes - 1.
       class_names: one name a class, or None where the set has none.
       random_access: whether `source[index]` works; `items` works always.
+      left_out: what lies there and is not in the set, in words; empty where nothing is.
     """
 
     num_classes: int
     class_names: tuple[str, ...] | None
     random_access: bool
+    left_out: str
 
     def __len__(self) -> int: ...
 
@@ -59,6 +67,9 @@ class ImageSource(Protocol):
 
     def items(self, start: int, stop: int) -> Iterator[ImageItem]:
         """The images start..stop-1 in order."""
+
+    def labels(self) -> np.ndarray:
+        """The labels of all images (N,) int64; no image is decoded."""
 
     def fingerprint(self) -> str:
         """Changes when the set's contents or order change, so far as that is seen without reading every image."""
@@ -68,9 +79,13 @@ class _RandomAccess:
     """`items` of a source by its `__getitem__`."""
 
     random_access = True
+    left_out = ""
 
     def items(self, start: int, stop: int) -> Iterator[ImageItem]:
         return (self[index] for index in range(start, stop))
+
+    def labels(self) -> np.ndarray:
+        return np.array(self._labels, np.int64)
 
 
 def _digest(parts: Iterator[str]) -> str:
@@ -93,25 +108,27 @@ class ImageFolder(_RandomAccess):
 
     def __init__(self, path: str):
         folder = existing_folder(path, f"one folder a class, with {', '.join(IMAGE_SUFFIXES)} files")
-        classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
-        if not classes:
+        tree = image_files.walk(folder)
+        if not tree.classes:
             raise UserError(f"{folder} has no class folders: put the images of each class into a folder of its own")
-        self._folder = folder
-        self._files: list[str] = []
-        self._labels: list[int] = []
-        for label, name in enumerate(classes):
-            files = sorted(
-                os.path.relpath(os.path.join(parent, file), folder)
-                for parent, _, names in os.walk(folder / name, followlinks=True)
-                for file in names
-                if file.lower().endswith(IMAGE_SUFFIXES)
-            )
+        for name, files in tree.classes.items():
             if not files:
                 raise UserError(f"{folder / name} holds no {', '.join(IMAGE_SUFFIXES)} file: fill or remove this class")
-            self._files += files
-            self._labels += [label] * len(files)
-        self.class_names: tuple[str, ...] | None = tuple(classes)
-        self.num_classes = len(classes)
+        if tree.classes.keys() <= _SPLIT_NAMES and all(
+            file.count(os.sep) > 1 for files in tree.classes.values() for file in files
+        ):
+            first = next(iter(tree.classes))
+            raise UserError(
+                f"{folder} holds {', '.join(tree.classes)} with folders in each: these are splits, not classes; give "
+                f"one of them, imagefolder:{folder / first}"
+            )
+        self._folder = folder
+        self._files = [file for files in tree.classes.values() for file in files]
+        self._labels = [label for label, files in enumerate(tree.classes.values()) for _ in files]
+        self.class_names: tuple[str, ...] | None = tuple(tree.classes)
+        self.num_classes = len(tree.classes)
+        beside = {"images beside the class folders": len(tree.beside)} if tree.beside else {}
+        self.left_out = image_files.described({**tree.left_out, **beside})
 
     def __len__(self) -> int:
         return len(self._files)
@@ -180,6 +197,7 @@ class SamplePhotos(_RandomAccess):
 
     class_names: tuple[str, ...] | None = ("china", "flower")
     num_classes = 2
+    _labels = (0, 1)
 
     def __init__(self, path: str):
         if path != "photos":
@@ -205,15 +223,16 @@ class TfdsImages:
     prepared as tfrecord, TFDS's default, are read in order.
     """
 
-    def __init__(self, path: str):
+    left_out = ""
+
+    def __init__(self, path: str, data_dir: str | None = None):
         match = re.fullmatch(r"(?P<name>[\w./+-]+(?::\d+\.[\d*]+\.[\d*]+)?)(?::(?P<split>[A-Za-z_].*))?", path)
         if match is None:
             raise UserError(f"tfds:{path} is not tfds:NAME[:VERSION][:SPLIT], e.g. tfds:imagenet2012:5.1.0:train")
-        self._name, self._split = match["name"], match["split"] or "train"
+        self._name, self._split, self._data_dir = match["name"], match["split"] or "train", data_dir
         builder = self._builder()
         info = builder.info
-        if not {"image", "label"} <= set(info.features or ()) or not hasattr(info.features["label"], "names"):
-            raise UserError(f"tfds:{path} is no image classification set: its features are {list(info.features)}")
+        self._check_features(path, info.features)
         try:
             self._length = info.splits[self._split].num_examples
         except (KeyError, ValueError) as error:
@@ -223,12 +242,38 @@ class TfdsImages:
         self.random_access = any(kind in FileFormat.with_random_access() for kind in info.available_file_formats())
         if not self.random_access and self._split not in info.splits:
             raise UserError(
-                f"tfds:{path}: a part of a split can be read only from a set prepared with "
-                f'file_format="array_record", and this one is {info.file_format.value}'
+                f"tfds:{path}: a part of a split can be read only from a set with random access, and this one is "
+                f"{info.file_format.value}. {self.how_to_get_random_access()}"
             )
+        if not self._length:
+            raise UserError(f"tfds:{path} holds no image")
         self.class_names: tuple[str, ...] | None = tuple(info.features["label"].names)
         self.num_classes = info.features["label"].num_classes
         self._data: Any = None
+        next(iter(self.items(0, 1)))  # of a split without labels every label is -1: known before any work
+
+    @staticmethod
+    def _check_features(path: str, features: Any) -> None:
+        from tensorflow_datasets.core.features import ClassLabel, Image
+
+        for name, kind in (("image", Image), ("label", ClassLabel)):
+            found = features[name] if name in (features or ()) else None
+            if not isinstance(found, kind):
+                raise UserError(
+                    f"tfds:{path} is no image classification set: "
+                    + (f"its {name} is a {type(found).__name__}, not a {kind.__name__}" if found is not None else
+                       f"it has no feature {name}, only {', '.join(features or ())}")
+                )  # fmt: skip
+        if not features["label"].num_classes:
+            raise UserError(f"tfds:{path} does not say how many classes it has")
+
+    def how_to_get_random_access(self) -> str:
+        """What a user may do about a set that is stored as tfrecord."""
+        return (
+            "Make a second copy in another folder (where the first one lies, this does nothing): tfds.builder("
+            f'{self._name!r}, data_dir="FOLDER").download_and_prepare(file_format="array_record"); then set '
+            "TFDS_DATA_DIR=FOLDER"
+        )
 
     def _builder(self) -> Any:
         try:
@@ -236,13 +281,21 @@ class TfdsImages:
         except ImportError as error:
             raise UserError(f"tfds:{self._name} needs the package tensorflow-datasets ({error})") from error
         try:
-            builder = tfds.builder(self._name)
-        except (ValueError, OSError, LookupError, tfds.core.registered.DatasetNotFoundError) as error:
-            raise UserError(f"tfds:{self._name} is neither known to TFDS nor on disk: {str(error)[:300]}") from error
+            builder = tfds.builder(self._name, data_dir=self._data_dir)
+        except tfds.core.registered.DatasetNotFoundError as error:
+            close = difflib.get_close_matches(self._name.split(":")[0], tfds.list_builders(), n=1)
+            raise UserError(
+                f"tfds:{self._name} is neither known to TFDS nor on disk in {self._data_dir or 'its default folder'}"
+                + (f"; did you mean {close[0]}?" if close else "")
+            ) from error
+        except (ValueError, OSError, LookupError, AssertionError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise UserError(f"tfds:{self._name} cannot be opened: {reason[:200]}") from error
         if not builder.is_prepared():
             raise UserError(
                 f"tfds:{self._name} is not on disk (looked in {builder.data_dir}): prepare it with "
-                f"tfds.builder({self._name!r}).download_and_prepare(), or set TFDS_DATA_DIR to the folder that has it"
+                f"tfds.builder({self._name!r}).download_and_prepare(), or name the folder that has it with --data_dir "
+                "or TFDS_DATA_DIR"
             )
         return builder
 
@@ -256,7 +309,13 @@ class TfdsImages:
         name = example.get("file_name")
         name = name.decode() if isinstance(name, bytes) else name
         where = f"tfds:{self._name}:{self._split}[{index}]" + (f" ({name})" if name else "")
-        return ImageItem(where, bytes(example["image"]), int(example["label"]))
+        label = int(example["label"])
+        if not 0 <= label < self.num_classes:
+            raise UserError(
+                f"{where} has the label {label}, classes run from 0 to {self.num_classes - 1}: in TFDS -1 stands for "
+                f"no label, as in ImageNet's test split; name a labelled split, such as tfds:{self._name}:train"
+            )
+        return ImageItem(where, bytes(example["image"]), label)
 
     def __getitem__(self, index: int) -> ImageItem:
         if self._data is None:
@@ -280,12 +339,16 @@ class TfdsImages:
         for index, example in enumerate(tfds.as_numpy(dataset), start):
             yield self._item(index, example)
 
+    def labels(self) -> np.ndarray:
+        items = tqdm(self.items(0, len(self)), total=len(self), desc=f"labels of tfds:{self._name}", unit="image")
+        return np.array([item.label for item in items], np.int64)
+
     def fingerprint(self) -> str:
         info = self._builder().info
         return _digest(iter([info.full_name, self._split, str(self._length)]))
 
 
-_SOURCES: dict[str, Callable[[str], ImageSource]] = {
+_SOURCES: dict[str, Callable[..., ImageSource]] = {
     "tfds": TfdsImages,
     "imagefolder": ImageFolder,
     "idx": IdxFolder,
@@ -293,8 +356,12 @@ _SOURCES: dict[str, Callable[[str], ImageSource]] = {
 }
 
 
-def open_images(specification: str) -> ImageSource:
+def open_images(specification: str, data_dir: str | None = None) -> ImageSource:
     """The source that a string such as `imagefolder:/data/train` names.
+
+    Args:
+      specification: KIND:WHERE.
+      data_dir: for tfds, the folder of its sets; None takes TFDS's own.
 
     Raises:
       UserError: unknown, missing or empty; the message says what was looked for.
@@ -304,4 +371,8 @@ def open_images(specification: str) -> ImageSource:
         raise UserError(
             f"source {specification!r} is unknown: give tfds:NAME[:SPLIT], imagefolder:DIR, idx:DIR or sklearn:photos"
         )
+    if data_dir is not None:
+        if kind != "tfds":
+            raise UserError(f"--data_dir={data_dir} is the folder of TFDS's sets, and {specification} is none of them")
+        return TfdsImages(path, str(existing_folder(data_dir, "TFDS's sets")))
     return _SOURCES[kind](path)

@@ -1,10 +1,24 @@
 """Image files to arrays: every colour mode to 8-bit RGB or grey, and ADM's centre crop."""
 
+import contextlib
+import errno
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from sra_jax.errors import RunError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+"""What is decoded, whatever the file's name; Pillow's other decoders never see a user's files."""
+
+LARGEST_PIXELS = 2 * Image.MAX_IMAGE_PIXELS
+"""Pillow refuses to decode larger images, as bombs; none is enlarged beyond it either."""
+
+_FILE_S_OWN = (None, errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP)
+"""Errors that lie in one file; None: Pillow's. Others are the system's: too many open files, a disk that is away."""
 
 
 class UnreadableImageError(Exception):
@@ -21,16 +35,37 @@ def read_image(content: bytes | Path | np.ndarray) -> Image.Image:
       content: an encoded image, the path of one, or an array (H,W), (H,W,1) or (H,W,3) uint8.
 
     Raises:
-      UnreadableImageError: not an image, cut short, or of a mode without a defined range (floating point).
+      UnreadableImageError: not an image of FORMATS, damaged, too large, or of a mode without a defined range (floating
+        point).
     """
     if isinstance(content, np.ndarray):
         return Image.fromarray(content[..., 0] if content.ndim == 3 and content.shape[-1] == 1 else content)
+    with opened(content) as image:
+        return _to_8_bits(image)
+
+
+@contextlib.contextmanager
+def opened(content: bytes | Path) -> Iterator[Image.Image]:
+    """An encoded image, or the path of one, decoded.
+
+    Raises:
+      UnreadableImageError: it is none, damaged, or too large; also where the block cannot work with it.
+      RunError: the system cannot read it, which says nothing about the image.
+    """
     try:
-        with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
+        with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content, formats=FORMATS) as image:
             image.load()
-            return _to_8_bits(image)
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise UnreadableImageError(str(error) or type(error).__name__) from error
+            yield image
+    except Image.UnidentifiedImageError as error:
+        raise UnreadableImageError(f"holds no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image") from error
+    except UnreadableImageError:
+        raise
+    except OSError as error:
+        if error.errno not in _FILE_S_OWN:
+            raise RunError(f"{content} cannot be read now ({error.strerror}): mend that and start again") from error
+        raise UnreadableImageError(error.strerror or f"{error}" or type(error).__name__) from error
+    except Exception as error:  # decoders meet damaged files with every kind of error: SyntaxError, struct.error, ...
+        raise UnreadableImageError(f"{error}" or type(error).__name__) from error
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
@@ -64,11 +99,17 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
 
     Returns:
       An image of size x size in the same mode.
+
+    Raises:
+      UnreadableImageError: a strip so thin that its enlargement would not fit into memory.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     factor = size / min(image.size)
-    image = image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.BICUBIC)
+    width, height = round(image.width * factor), round(image.height * factor)
+    if width * height > LARGEST_PIXELS:
+        raise UnreadableImageError(f"its sides of {image.width} and {image.height} pixels differ too much to crop it")
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
 

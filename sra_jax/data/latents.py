@@ -3,6 +3,8 @@
 Every step samples the posterior anew, on the device: x0 = ((mean + std * noise) - shift) * scale.
 """
 
+import collections
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,18 +29,29 @@ class LatentSource:
     """Random access to the examples of a folder of latents; picklable, files are opened when they are first read.
 
     An example is `mean` and `std` (H,W,C) in the manifest's dtype and `label` () int32. Threads may share a source.
+    Of a set with more shards than a process may have files open, those that were not read for longest are closed.
     """
 
     def __init__(self, folder: str, manifest: shards.Manifest):
         filled = [shard for shard in manifest.shards if shard.examples]
         self._layout = manifest.layout
+        self._num_classes = manifest.num_classes
         self._paths = [str(Path(folder).expanduser() / shard.file) for shard in filled]
         self._ends = np.cumsum([shard.examples for shard in filled])
         self._starts = self._ends - [shard.examples for shard in filled]
-        self._files: dict[int, record_files.RecordFile] = {}
+        self._start()
+
+    def _start(self) -> None:
+        self._files: collections.OrderedDict[int, record_files.RecordFile] = collections.OrderedDict()
+        self._lock = threading.Lock()
+        self._room: int | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": {}}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_files", "_lock", "_room")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._start()
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -47,9 +60,16 @@ class LatentSource:
         """One example, its stored hash checked; a UserError names the shard of a record that cannot be read."""
         (shard,), (record,) = self._locate(np.array([index]))
         try:
-            return self._layout.from_bytes(self._file(int(shard)).read(int(record)))
+            example = self._layout.from_bytes(self._file(int(shard)).read(int(record)))
         except record_files.UnreadableFileError as error:
             raise _unreadable(error) from error
+        self._check_labels([index], example["label"])
+        return example
+
+    def where(self, index: int) -> str:
+        """The place of an example: its shard, its record there and its number in the set."""
+        (shard,), (record,) = self._locate(np.array([index]))
+        return f"{self._paths[shard]}, record {record} (example {index})"
 
     def read_batch(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
         """The examples at `indices` (B,), stacked: `mean` and `std` (B,H,W,C), `label` (B,) int32.
@@ -58,16 +78,37 @@ class LatentSource:
         Hashes are not checked here: run tools/prepare_latents.py --verify after a folder was moved.
 
         Raises:
-          UserError: names the shard of a record that cannot be read.
+          UserError: names the shard of a record that cannot be read, or whose label is no class of the set.
         """
         shard, records = self._locate(np.asarray(indices))
         parts = self._layout.empty_parts(len(shard))
+        # where not all files may be open, those of one part of the batch are, and a thread keeps them from being closed
+        room = self._files_at_once()
+        step = len(shard) if room >= len(self._paths) else max(1, room // 4)
         try:
-            files = [self._file(number) for number in shard.tolist()]
-            record_files.read_records(files, records, parts)
+            for start in range(0, len(shard), step):
+                rows = slice(start, start + step)
+                files = [self._file(number) for number in shard[rows].tolist()]
+                record_files.read_records(files, records[rows], [part[rows] for part in parts])
         except record_files.UnreadableFileError as error:
             raise _unreadable(error) from error
-        return self._layout.from_parts(*parts)
+        batch = self._layout.from_parts(*parts)
+        self._check_labels(indices, batch["label"])
+        return batch
+
+    def _check_labels(self, indices: Sequence[int] | np.ndarray, labels: np.ndarray) -> None:
+        wrong = (labels < 0) | (labels >= self._num_classes)
+        if wrong.any():
+            first = int(np.flatnonzero(wrong)[0])
+            raise UserError(
+                f"{self.where(int(indices[first]))} has the label {np.ravel(labels)[first]}, classes run from 0 to "
+                f"{self._num_classes - 1}: find out with tools/prepare_latents.py --verify which shards are damaged"
+            )
+
+    def _files_at_once(self) -> int:
+        if self._room is None:
+            self._room = record_files.room_for_files(len(self._paths))
+        return self._room
 
     def _locate(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The shard and the record in it of each index."""
@@ -77,16 +118,32 @@ class LatentSource:
         return shard, indices - self._starts[shard]
 
     def _file(self, shard: int) -> record_files.RecordFile:
-        file = self._files.get(shard)
-        if file is None:
+        with self._lock:
+            file = self._files.get(shard)
+            if file is not None:
+                self._files.move_to_end(shard)
+                return file
+        try:
+            file = self._open(shard)
+        except record_files.TooManyOpenFilesError:  # others in this process need more than was left to them
+            with self._lock:
+                self._files.clear()
+            file = self._open(shard)
+        with self._lock:
             # two threads may both open the file: the later one stays, the other one closes with its last use
-            records = int(self._ends[shard] - self._starts[shard])
-            file = record_files.RecordFile(self._paths[shard], records, self._layout.record_bytes)
             self._files[shard] = file
+            while len(self._files) > self._files_at_once():
+                self._files.popitem(last=False)
         return file
+
+    def _open(self, shard: int) -> record_files.RecordFile:
+        records = int(self._ends[shard] - self._starts[shard])
+        return record_files.RecordFile(self._paths[shard], records, self._layout.record_bytes)
 
 
 def _unreadable(error: record_files.UnreadableFileError) -> UserError:
+    if isinstance(error, record_files.TooManyOpenFilesError):
+        return UserError(str(error))
     return UserError(f"{error}: find out with tools/prepare_latents.py --verify which shards are damaged")
 
 

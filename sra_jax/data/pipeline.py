@@ -54,6 +54,27 @@ class _Batches:
         return indices
 
 
+def non_finite(
+    source: ExampleSource, *, batch_size: int, seed: int, rows: Sequence[int], batch: int, most: int = 5
+) -> list[str]:
+    """Names up to `most` examples in this process's rows of a global batch that hold NaN or infinite values.
+
+    Args:
+      source, batch_size, seed, rows: as `batches` takes them.
+      batch: number of the batch.
+      most: how many to name.
+    """
+    found = []
+    for index in _Batches(source, batch_size, seed, rows)._indices(batch).tolist():
+        if len(found) < most and not all(map(_finite, source[index].values())):
+            found.append(source.where(index) if hasattr(source, "where") else f"example {index}")
+    return found
+
+
+def _finite(values: np.ndarray) -> bool:
+    return values.dtype.kind in "biu" or bool(np.isfinite(values).all())
+
+
 def batches(
     source: ExampleSource, *, batch_size: int, seed: int, rows: Sequence[int], start: int = 0, workers: int = 0,
     threads: int = READ_THREADS,

@@ -68,8 +68,7 @@ def load(data: Any) -> Dataset:
     source = open_images(data.path)
     if not source.random_access:
         raise UserError(
-            f"{data.path} is not stored for random access, which shuffling needs: prepare it again with "
-            'tfds.builder(...).download_and_prepare(file_format="array_record")'
+            f"{data.path} is stored without random access, which shuffling needs. {source.how_to_get_random_access()}"
         )
     if data.num_classes != source.num_classes:
         raise UserError(f"data.num_classes={data.num_classes}, but {data.path} has {source.num_classes} classes")
@@ -79,6 +78,7 @@ def load(data: Any) -> Dataset:
         num_classes=source.num_classes,
         encode=to_unit_range,
         class_names=source.class_names,
+        left_out=source.left_out,
     )
 
 

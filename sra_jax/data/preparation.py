@@ -16,7 +16,7 @@ from sra_jax.data import shards
 from sra_jax.data.image_sources import ImageItem, ImageSource
 from sra_jax.data.images import UnreadableImageError, centre_crop, read_image, to_array
 from sra_jax.data.moments import MomentsFolder, MomentsItem
-from sra_jax.errors import UserError
+from sra_jax.errors import RunError, UserError
 from sra_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 
 Item = TypeVar("Item", ImageItem, MomentsItem)
@@ -191,7 +191,8 @@ def prepare(
       on_skip: told of each unreadable image: its name and the reason.
 
     Raises:
-      UserError: see `shards.ShardWriter`; also if no image at all could be read.
+      UserError: see `shards.ShardWriter`.
+      RunError: no image at all could be used.
     """
     if shard_size < 1:
         raise UserError(f"--shard_size={shard_size} must be at least 1")
@@ -213,7 +214,7 @@ def prepare(
     ranges = {i: (i * shard_size, min((i + 1) * shard_size, len(source))) for i in own}
     total = sum(stop - start for start, stop in ranges.values())
     report, finished = Report(0, [], False), 0
-    with ThreadPoolExecutor(workers) as executor:
+    with writer.claimed(process_index, process_count), ThreadPoolExecutor(workers) as executor:
         for index, (start, stop) in ranges.items():
             done = writer.done(index)
             if done is None:
@@ -224,27 +225,31 @@ def prepare(
 
                 tell(0)
                 loaded = load_ahead(source.items(start, stop), maker.load, executor, _BATCHES_AHEAD * batch_size)
-                writer.write(index, _moments(loaded, maker, batch_size, skipped, on_skip, tell), skipped)
+                made = _moments(loaded, maker, batch_size, layout.numpy_dtype, skipped, on_skip, tell)
+                writer.write(index, made, skipped)
                 report.examples += stop - start - len(skipped)
             else:
                 skipped = done[1]
             report.skipped += skipped
             finished += stop - start
             progress(finished, total)
-    report.complete = writer.finish(
-        lambda made, all_skipped: shards.Manifest(
-            settings=settings,
-            source=source_name,
-            layout=layout,
-            num_classes=source.num_classes,
-            class_names=source.class_names,
-            vae_name=vae_name,
-            vae_fingerprint=vae_fingerprint,
-            vae_config=vae_config,
-            shards=made,
-            skipped=all_skipped,
+        if process_count == 1 and len(report.skipped) == len(source):
+            name, reason = report.skipped[0]
+            raise RunError(f"none of {len(source)} images could be used; the first, {name}: {reason}")
+        report.complete = writer.finish(
+            lambda made, all_skipped: shards.Manifest(
+                settings=settings,
+                source=source_name,
+                layout=layout,
+                num_classes=source.num_classes,
+                class_names=source.class_names,
+                vae_name=vae_name,
+                vae_fingerprint=vae_fingerprint,
+                vae_config=vae_config,
+                shards=made,
+                skipped=all_skipped,
+            )
         )
-    )
     return report
 
 
@@ -252,36 +257,49 @@ def _moments(
     loaded: Iterable[tuple[Any, np.ndarray | UnreadableImageError]],
     maker: MomentsMaker,
     batch_size: int,
+    dtype: np.dtype,
     skipped: list[tuple[str, str]],
     on_skip: Callable[[str, str], None],
     tell: Callable[[int], None],
 ) -> Iterator[tuple[np.ndarray, int]]:
-    """Moments (2,H,W,C) and label of each copy of each readable image, in order."""
+    """Moments (2,H,W,C) in `dtype` and label of each copy of each usable image, in order."""
+    unreadable = 0
 
-    def readable() -> Iterator[tuple[np.ndarray, int]]:
+    def skip(item: Any, reason: str) -> None:
+        skipped.append((item.where, reason))
+        on_skip(item.where, reason)
+
+    def readable() -> Iterator[tuple[Any, np.ndarray]]:
+        nonlocal unreadable
         for item, array in loaded:
             if isinstance(array, UnreadableImageError):
-                skipped.append((item.where, str(array)))
-                on_skip(item.where, str(array))
+                unreadable += 1
+                skip(item, str(array))
             else:
-                yield array, item.label
+                yield item, array
+
+    def finished(result: Callable[[], np.ndarray], items: list[Any]) -> Iterator[tuple[np.ndarray, int]]:
+        for item, copies in zip(items, result(), strict=True):
+            with np.errstate(over="ignore"):
+                stored = copies.astype(dtype)
+            if np.isfinite(stored).all():
+                for moments in stored:
+                    yield moments, item.label
+            elif np.isfinite(copies).all():
+                skip(item, f"its latents are beyond the range of {dtype}: choose another --dtype")
+            else:
+                skip(item, "its latents hold NaN or infinite values")
 
     done = 0
-    pending: tuple[Callable[[], np.ndarray], list[int]] | None = None
+    pending: tuple[Callable[[], np.ndarray], list[Any]] | None = None
     arrays = readable()
     while batch := list(itertools.islice(arrays, batch_size)):
-        started = maker.moments([array for array, _ in batch]), [label for _, label in batch]
+        started = maker.moments([array for _, array in batch]), [item for item, _ in batch]
         # the device works on this batch while the one before it is written and the next is read
         if pending is not None:
-            yield from _finished(*pending)
+            yield from finished(*pending)
         pending = started
         done += len(batch)
-        tell(done + len(skipped))
+        tell(done + unreadable)
     if pending is not None:
-        yield from _finished(*pending)
-
-
-def _finished(result: Callable[[], np.ndarray], labels: list[int]) -> Iterator[tuple[np.ndarray, int]]:
-    for copies, label in zip(result(), labels, strict=True):
-        for moments in copies:
-            yield moments, label
+        yield from finished(*pending)

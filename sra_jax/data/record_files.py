@@ -11,7 +11,9 @@ file that is opened is checked for that against ArrayRecord's own reader; a file
 with the latter.
 """
 
+import errno
 import os
+import resource
 import weakref
 from collections.abc import Iterator, Sequence
 
@@ -23,6 +25,8 @@ WRITER_OPTIONS = "group_size:1,uncompressed"
 # what ArrayRecord advises for random access: no data beyond the record is read, no threads are started
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 _READ_BUFFER_BYTES = 1 << 15
+
+_DESCRIPTORS = 2  # of an open RecordFile: ours and the reader's
 
 _BLOCK = 1 << 16
 _BLOCK_HEADER = 24
@@ -36,6 +40,31 @@ class UnreadableFileError(Exception):
     def __init__(self, path: str, reason: object):
         super().__init__(f"{path} cannot be read ({reason})")
         self.path = path
+
+
+class TooManyOpenFilesError(UnreadableFileError):
+    """A file cannot be opened because this process has as many open as the system allows it."""
+
+    def __init__(self, path: str):
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        super().__init__(path, f"this process has as many files open as it may, {limit}: raise the limit, ulimit -n")
+
+
+def room_for_files(wanted: int) -> int:
+    """How many of `wanted` record files a process may keep open, half of what is left to it being for all else.
+
+    The soft limit is raised as far as it goes: many systems start with 1,024 and allow more.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        used = len(os.listdir("/dev/fd"))
+    except OSError:  # not even this may be opened
+        used = soft
+    needed = used + 2 * _DESCRIPTORS * wanted
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return wanted if soft == resource.RLIM_INFINITY else max(1, min(wanted, (soft - used) // (2 * _DESCRIPTORS)))
 
 
 class RecordFile:
@@ -52,19 +81,27 @@ class RecordFile:
 
         Raises:
           UnreadableFileError: it is missing or damaged, or holds another number of records or records of another size.
+          TooManyOpenFilesError: this process may open no more.
         """
         self.path = path
         self._record_bytes = record_bytes
+        try:
+            self.descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise _unopened(path, error) from error
+        weakref.finalize(self, os.close, self.descriptor)
         try:
             self._reader = array_record_module.ArrayRecordReader(
                 path, options=_READER_OPTIONS, file_reader_buffer_size=_READ_BUFFER_BYTES
             )
             found = self._reader.num_records()
-            self.descriptor = os.open(path, os.O_RDONLY)
         except (ValueError, RuntimeError, OSError) as error:
             raise UnreadableFileError(path, error) from error
-        weakref.finalize(self, os.close, self.descriptor)
         if found != records:
+            try:
+                os.close(os.dup(self.descriptor))  # the reader takes a file that it cannot open for an empty one
+            except OSError as error:
+                raise _unopened(path, error) from error
             raise UnreadableFileError(path, f"it holds {found} records instead of {records}")
         sample = np.unique([0, records // 2, records - 1])
         places = zip(*(values.tolist() for values in locate(sample, record_bytes)), strict=True)
@@ -88,6 +125,12 @@ class RecordFile:
                 self.path, f"record {record} has {len(content)} bytes instead of {self._record_bytes}"
             )
         return content
+
+
+def _unopened(path: str, error: OSError) -> UnreadableFileError:
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return TooManyOpenFilesError(path)
+    return UnreadableFileError(path, error)
 
 
 def locate(records: np.ndarray, record_bytes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -5,13 +5,14 @@ A record is the posterior's mean (H,W,C), its standard deviation (H,W,C), both i
 are not compressed, because the low bits of moments are noise.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path, PurePath
 from typing import Any
 
 import jax.numpy as jnp
@@ -20,7 +21,8 @@ from array_record.python import array_record_module
 
 from sra_jax import files
 from sra_jax.data import record_files
-from sra_jax.errors import UserError
+from sra_jax.data.image_files import is_system_name
+from sra_jax.errors import RunError, UserError
 from sra_jax.interop import autoencoder as vae_interop
 from sra_jax.models.autoencoder import AutoencoderConfig
 
@@ -30,6 +32,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 REPAIR = (
     "Delete these shards and run tools/prepare_latents.py with the same flags again: it makes those that are not there."
 )
+CHECKED_AT_ONCE = 256
 PROGRESS_FOLDER = "progress"
 _SETTINGS_FILE = "settings.json"
 
@@ -161,6 +164,11 @@ class Manifest:
                 raise ValueError(f"its format is {values['format']!r}, this version reads {FORMAT!r}")
             if values["dtype"] not in DTYPES:
                 raise ValueError(f"dtype {values['dtype']!r} is none of {', '.join(DTYPES)}")
+            shape = tuple(_whole("latent_shape", side, 1, 2**16) for side in values["latent_shape"])
+            if len(shape) != 3:
+                raise ValueError(f"latent_shape {shape} is not height, width, channels")
+            layout = RecordLayout(shape, values["dtype"])
+            num_classes = _whole("num_classes", values["num_classes"], 1, 2**31 - 1)
             vae_config = vae_interop.config_from_json(json.dumps(values["vae"]["config"]), where)
             if values["vae"]["scaling_factor"] != vae_config.scaling_factor:
                 raise ValueError(
@@ -168,22 +176,45 @@ class Manifest:
                     f"vae.config.scaling_factor={vae_config.scaling_factor}"
                 )
             names = values["class_names"]
+            if names is not None and (len(names) != num_classes or not all(isinstance(name, str) for name in names)):
+                raise ValueError(f"class_names are not {num_classes} names")
+            shards = tuple(_shard(given, layout) for given in values["shards"])
+            if len({shard.file for shard in shards}) < len(shards):
+                raise ValueError("it names a shard twice")
             return cls(
-                settings=values["settings"],
-                source=values["source"],
-                layout=RecordLayout(tuple(values["latent_shape"]), values["dtype"]),
-                num_classes=values["num_classes"],
+                settings=dict(values["settings"]),
+                source=str(values["source"]),
+                layout=layout,
+                num_classes=num_classes,
                 class_names=None if names is None else tuple(names),
-                vae_name=values["vae"]["name"],
+                vae_name=str(values["vae"]["name"]),
                 vae_fingerprint=values["vae"]["sha256"],
                 vae_config=vae_config,
-                shards=tuple(Shard(**shard) for shard in values["shards"]),
-                skipped=tuple((name, reason) for name, reason in values["skipped"]),
+                shards=shards,
+                skipped=tuple((str(name), str(reason)) for name, reason in values["skipped"]),
             )
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(
                 f"{where} is not a manifest of prepared latents ({error!r}): make one with tools/prepare_latents.py"
             ) from error
+
+
+def _whole(what: str, value: Any, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ValueError(f"{what} {value!r} is no whole number from {low} to {high}")
+    return value
+
+
+def _shard(given: Any, layout: RecordLayout) -> Shard:
+    """A shard as a manifest or a preparation's progress names it: a file of the folder itself, large enough."""
+    shard = Shard(**given)
+    if not isinstance(shard.file, str) or PurePath(shard.file).name != shard.file or shard.file in ("", ".", ".."):
+        raise ValueError(f"the shard {shard.file!r} is no file of this folder")
+    _whole(f"{shard.file}: bytes", shard.bytes, 0, 2**62)
+    _whole(f"{shard.file}: examples", shard.examples, 0, shard.bytes // layout.record_bytes)
+    if not isinstance(shard.sha256, str):
+        raise ValueError(f"{shard.file} has no checksum")
+    return shard
 
 
 def read_manifest(folder: str | os.PathLike) -> Manifest:
@@ -197,7 +228,11 @@ def read_manifest(folder: str | os.PathLike) -> Manifest:
         if (path.parent / PROGRESS_FOLDER).is_dir():
             raise UserError(f"{path.parent} is prepared only in part: run tools/prepare_latents.py again to finish it")
         raise UserError(f"no prepared latents at {path.parent}: it has no {MANIFEST_FILE} (tools/prepare_latents.py)")
-    return Manifest.from_json(path.read_text(), str(path))
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    return Manifest.from_json(text, str(path))
 
 
 def check_sizes(folder: str | os.PathLike, manifest: Manifest) -> None:
@@ -211,29 +246,69 @@ def check_sizes(folder: str | os.PathLike, manifest: Manifest) -> None:
 def damaged_shards(
     folder: str | os.PathLike, manifest: Manifest, progress: Callable[[Iterable[Shard]], Iterable[Shard]] = iter
 ) -> list[str]:
-    """What is wrong with each damaged shard, by its size and its checksum; an empty list means that all is well.
+    """What is wrong with each damaged shard: its size, its checksum, or examples that are not finite or have no class.
+
+    An empty list means that all is well.
 
     Args:
       folder: holds the shards.
       manifest: says what they should be.
       progress: wraps the shards, to show how far the reading is.
     """
-    problems = []
+    problems, first = [], 0
     for shard in progress(manifest.shards):
         path = Path(folder).expanduser() / shard.file
         if problem := _size_problem(folder, shard):
             problems.append(problem)
         elif file_sha256(path) != shard.sha256:
             problems.append(f"{path} has another checksum than when it was written")
+        else:
+            problems += _content_problems(path, shard, manifest, first)
+        first += shard.examples
     return problems
+
+
+def _content_problems(path: Path, shard: Shard, manifest: Manifest, first: int) -> Iterator[str]:
+    """Records of a whole file that no model can be trained on; `first` is the number of its first example."""
+    if not shard.examples:
+        return
+    try:
+        file = record_files.RecordFile(str(path), shard.examples, manifest.layout.record_bytes)
+        for start in range(0, shard.examples, CHECKED_AT_ONCE):
+            records = np.arange(start, min(start + CHECKED_AT_ONCE, shard.examples))
+            parts = manifest.layout.empty_parts(len(records))
+            record_files.read_records([file] * len(records), records, parts)
+            batch = manifest.layout.from_parts(*parts)
+            finite = [np.isfinite(batch[name]).all(axis=(1, 2, 3)) for name in ("mean", "std")]
+            for record in records[~(finite[0] & finite[1])]:
+                yield f"{path}, record {record} (example {first + record}), holds NaN or infinite values"
+            for record in records[(batch["label"] < 0) | (batch["label"] >= manifest.num_classes)]:
+                yield (
+                    f"{path}, record {record} (example {first + record}), has the label "
+                    f"{batch['label'][record - start]}, classes run from 0 to {manifest.num_classes - 1}"
+                )
+    except record_files.UnreadableFileError as error:
+        yield str(error)
 
 
 def _size_problem(folder: str | os.PathLike, shard: Shard) -> str | None:
     path = Path(folder).expanduser() / shard.file
     if not path.is_file():
-        return f"{path} is missing"
+        return f"{path} is {'no file' if path.exists() else 'missing'}"
     size = path.stat().st_size
     return None if size == shard.bytes else f"{path} has {size} bytes instead of {shard.bytes}"
+
+
+@contextlib.contextmanager
+def _disk(path: Path) -> Iterator[None]:
+    """Turns ArrayRecord's word for a disk that is full or away into one that says what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RunError(
+            f"{path} cannot be written ({error}). The shards before are whole: make room, and the same command goes on "
+            "with this one"
+        ) from error
 
 
 def file_sha256(path: str | os.PathLike) -> str:
@@ -271,12 +346,19 @@ class ShardWriter:
         self.count = count
         self._progress = self.folder / PROGRESS_FOLDER
         settings_path = self._progress / _SETTINGS_FILE
-        if self.folder.is_dir() and any(self.folder.iterdir()) and not self._progress.is_dir():
+        foreign = self.folder.is_dir() and any(not is_system_name(path.name) for path in self.folder.iterdir())
+        if foreign and not self._progress.is_dir():
             raise UserError(f"{self.folder} is not empty and holds no latents: name a new folder")
         self._progress.mkdir(parents=True, exist_ok=True)
         if not settings_path.exists():
             files.write_text(settings_path, json.dumps(settings, indent=1) + "\n")
-        before = json.loads(settings_path.read_text())
+        try:
+            before = dict(json.loads(settings_path.read_text()))
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            raise UserError(
+                f"{settings_path} is damaged ({error}), so that nobody can tell how the shards beside it were made: "
+                "name a new folder"
+            ) from error
         if before != settings:
             changed = [
                 f"{key}={settings.get(key)!r}, before {before.get(key)!r}"
@@ -284,6 +366,26 @@ class ShardWriter:
                 if settings.get(key) != before.get(key)
             ]
             raise UserError(f"{self.folder} was begun with other settings ({'; '.join(changed)}): name another folder")
+
+    @contextlib.contextmanager
+    def claimed(self, process_index: int, process_count: int) -> Iterator[None]:
+        """Be the only process that makes these shards for as long as the block runs.
+
+        Raises:
+          UserError: another process makes them, under this number or in another division of the work.
+        """
+
+        def lock(name: str) -> contextlib.AbstractContextManager[files.Lock]:
+            return files.locked(self._progress / name, "choose another --output")
+
+        own = f"process-{process_index}-of-{process_count}"
+        with lock(own):
+            for path in self._progress.glob(".process-*.lock"):
+                other = path.name[1:].removesuffix(".lock")
+                if not other.endswith(f"-of-{process_count}"):
+                    with lock(other):  # can be taken: its process is dead
+                        pass
+            yield
 
     def _done_path(self, index: int) -> Path:
         return self._progress / f"{index:05d}.json"
@@ -293,11 +395,13 @@ class ShardWriter:
         path = self.folder / shard_file(index, self.count)
         if not self._done_path(index).is_file() or not path.is_file():
             return None
-        values = json.loads(self._done_path(index).read_text())
-        shard = Shard(**values["shard"])
-        if path.stat().st_size != shard.bytes:
-            return None
-        return shard, [(name, reason) for name, reason in values["skipped"]]
+        try:
+            values = json.loads(self._done_path(index).read_text())
+            shard = _shard(values["shard"], self.layout)
+            skipped = [(str(name), str(reason)) for name, reason in values["skipped"]]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return None  # a damaged record of a shard: it is made again
+        return (shard, skipped) if shard.file == path.name and path.stat().st_size == shard.bytes else None
 
     def write(self, index: int, examples: Iterable[tuple[np.ndarray, int]], skipped: list[tuple[str, str]]) -> Shard:
         """Write a shard; it appears under its name only when it is whole.
@@ -315,10 +419,12 @@ class ShardWriter:
         number = 0
         try:
             for moments, label in examples:
-                writer.write(self.layout.to_bytes(moments, label))
+                with _disk(path):
+                    writer.write(self.layout.to_bytes(moments, label))
                 number += 1
         finally:
-            writer.close()
+            with _disk(path):
+                writer.close()
         shard = Shard(path.name, number, partial.stat().st_size, file_sha256(partial))
         os.replace(partial, path)
         files.write_text(

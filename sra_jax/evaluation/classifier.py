@@ -21,6 +21,7 @@ STEPS = 1500
 BATCH_SIZE = 128
 LEARNING_RATE = 1e-3
 HELD_OUT = 10  # one image in so many is not trained on
+MOST_CLASSES = 100_000
 
 
 class TrainedClassifier(NamedTuple):
@@ -48,8 +49,8 @@ def split_abstract(image_shape: tuple[int, int, int], num_classes: int) -> tuple
     return graphdef, nnx.to_pure_dict(state)
 
 
-def load_labelled(data: ImageSet) -> tuple[np.ndarray, np.ndarray]:
-    """All images (N,H,W,C) and labels (N,) of a set that is small enough for a classifier.
+def check_labelled(data: ImageSet) -> None:
+    """Refuses a set that no classifier can be trained on, before any image is read.
 
     Raises:
       UserError: no labels, images larger than LARGEST_SIDE, fewer than two classes or 20 images.
@@ -64,11 +65,17 @@ def load_labelled(data: ImageSet) -> tuple[np.ndarray, np.ndarray]:
             f"the classifier is for images up to {LARGEST_SIDE}x{LARGEST_SIDE}, {data.name} has "
             f"{data.shape[1]}x{data.shape[2]}: use --extractor=inception"
         )
-    if data.labels.min() < 0 or data.labels.max() < 1 or len(data) < 2 * HELD_OUT:
+    lowest, highest = data.labels.min(), data.labels.max()
+    if lowest < 0 or not 1 <= highest < MOST_CLASSES or len(data) < 2 * HELD_OUT:
         raise UserError(
-            f"{data.name} has {len(data)} images with labels {data.labels.min()} to {data.labels.max()}; the "
-            f"classifier needs at least {2 * HELD_OUT} images of two classes, numbered from 0"
+            f"{data.name} has {len(data)} images with labels {lowest} to {highest}; the classifier needs at least "
+            f"{2 * HELD_OUT} images of two classes, numbered from 0 to at most {MOST_CLASSES - 1}"
         )
+
+
+def load_labelled(data: ImageSet) -> tuple[np.ndarray, np.ndarray]:
+    """All images (N,H,W,C) and labels (N,) of a set; see `check_labelled`."""
+    check_labelled(data)
     return np.concatenate([images for images, _ in data.batches(1024)]), data.labels
 
 
@@ -81,16 +88,17 @@ def fingerprint(images: np.ndarray, labels: np.ndarray) -> str:
 
 
 def train_classifier(
-    images: np.ndarray, labels: np.ndarray, *, steps: int = STEPS, progress: bool = True
+    images: np.ndarray, labels: np.ndarray, *, steps: int | None = None, progress: bool = True
 ) -> TrainedClassifier:
     """Trains with Adam on cross-entropy, the same way every time: same data, machine and versions, same weights.
 
     Args:
       images: (N,H,W,C) uint8.
       labels: (N,) integers from 0.
-      steps: optimiser steps, of BATCH_SIZE images each.
+      steps: optimiser steps, of BATCH_SIZE images each; None takes STEPS.
       progress: whether there is a progress bar.
     """
+    steps = STEPS if steps is None else steps
     image_shape, num_classes = images.shape[1:], int(labels.max()) + 1
     held_out = np.arange(len(images)) % HELD_OUT == HELD_OUT - 1
     train_images, train_labels = images[~held_out], labels[~held_out]

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from sra_jax.data import classes
 from sra_jax.errors import UserError
 from sra_jax.evaluation.features import Extractor, Features, extract_features
 from sra_jax.evaluation.frechet import fid_infinity, frechet_distance
@@ -29,12 +30,29 @@ METRICS: dict[str, tuple[str, str, str | None]] = {
 }
 NEEDS_FEATURES = frozenset(name for name, (_, _, part) in METRICS.items() if part == "features")
 DEFAULT_METRICS = ("fid", "sfid", "inception_score", "precision", "recall")
+PARTS = ("pool", "spatial", "features")
 
 
-def default_metrics(extractor: Extractor, *, labels: bool) -> tuple[str, ...]:
-    """ADM's five numbers as far as the extractor has outputs for them, and accuracy if it knows classes."""
-    chosen = tuple(name for name in DEFAULT_METRICS if METRICS[name][1] in extractor.outputs)
+def default_metrics(extractor: Extractor, *, labels: bool, parts: Collection[str] = PARTS) -> tuple[str, ...]:
+    """ADM's five numbers as far as the extractor has outputs and the reference `parts` for them; accuracy if it knows
+    classes."""
+    chosen = tuple(
+        name for name in DEFAULT_METRICS if METRICS[name][1] in extractor.outputs and METRICS[name][2] in (None, *parts)
+    )
     return (*chosen, "accuracy") if extractor.predicts_labels and labels else chosen
+
+
+def label_translation(
+    extractor: Extractor, class_names: Collection[str] | None, num_classes: int, what: str
+) -> np.ndarray:
+    """The samples' labels (num_classes,) in the numbering of a classifier's reference, by the classes' names.
+
+    Raises:
+      UserError: they do not compare; `what` names the samples.
+    """
+    return classes.translation(
+        class_names, num_classes, extractor.class_names, extractor.num_classes, what, "the reference"
+    )
 
 
 def check_metrics(metrics: Collection[str], extractor: Extractor, *, labels: bool) -> None:
@@ -72,10 +90,15 @@ def check_comparable(reference: Reference, extractor: Extractor, image_size: tup
             f"the reference {reference.name} was made with the extractor {reference.extractor}, this is "
             f"{extractor.identity}: their numbers do not compare"
         )
-    if tuple(reference.image_size) != tuple(image_size):
+    check_sizes(reference.name, reference.image_size, image_size)
+
+
+def check_sizes(name: str, expected: tuple[int, int] | None, image_size: tuple[int, int]) -> None:
+    """Raises a `UserError` where samples of `image_size` (H,W) meet a reference, `name`, of another size."""
+    if expected is not None and tuple(expected) != tuple(image_size):
         raise UserError(
-            f"samples are {image_size[0]}x{image_size[1]}, the reference {reference.name} is "
-            f"{reference.image_size[0]}x{reference.image_size[1]} (height x width): their numbers do not compare"
+            f"samples are {image_size[0]}x{image_size[1]}, the reference {name} is {expected[0]}x{expected[1]} "
+            "(height x width): their numbers do not compare"
         )
 
 
@@ -89,6 +112,7 @@ def measure(
     total: int | None = None,
     seed: int = 0,
     progress: bool = True,
+    translation: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Computes metrics of a stream of images.
 
@@ -104,6 +128,8 @@ def measure(
       total: number of images, for the progress bar.
       seed: of the subsets of KID and FID infinity.
       progress: whether there is a progress bar.
+      translation: the samples' labels in the extractor's numbering, for accuracy (`label_translation`); None where they
+        have the same.
 
     Returns:
       A dictionary of plain numbers and strings: the metrics by name (`kid_std` and `kid_subset_size` beside `kid`), and
@@ -122,8 +148,9 @@ def measure(
         progress=progress,
     )  # fmt: skip
     return measure_features(
-        features, reference, extractor, metrics=metrics, image_size=first[0].shape[1:3], seed=seed
-    )
+        features, reference, extractor, metrics=metrics, image_size=first[0].shape[1:3], seed=seed,
+        translation=translation,
+    )  # fmt: skip
 
 
 def check_measurable(metrics: Collection[str], reference: Reference | None, extractor: Extractor) -> None:
@@ -148,6 +175,7 @@ def measure_features(
     metrics: Collection[str],
     image_size: tuple[int, int],
     seed: int = 0,
+    translation: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """As `measure`, from features that `extract_features` made of images of `image_size` (H,W)."""
     check_measurable(metrics, reference, extractor)
@@ -169,6 +197,8 @@ def measure_features(
         if "accuracy" in metrics:
             if labels is None:
                 raise UserError("accuracy needs the samples' labels")
+            if translation is not None:
+                labels = translation[labels]
             correct += int((features["logits"].argmax(axis=1) == labels).sum())
         if NEEDS_FEATURES & set(metrics) or "fid_infinity" in metrics:
             kept.append(features["pool"])
@@ -237,4 +267,9 @@ def table(result: dict[str, Any]) -> str:
         if name in result:
             spread = f" ± {result['kid_std']:.6f} (subsets of {result['kid_subset_size']})" if name == "kid" else ""
             lines.append(f"  {label:<22}{result[name]:>12.{6 if name == 'kid' else 4}f}{spread}")
+    if result.get("labels") == "balanced" and result["extractor"].startswith("inception/"):
+        lines.append(
+            "  Every class is sampled equally often (--labels=balanced); published figures of DiT and SiT are of "
+            "labels drawn at random (--labels=uniform)"
+        )
     return "\n".join(lines)

@@ -66,6 +66,7 @@ def classifier_extractor(classifier: TrainedClassifier) -> Extractor:
         parameters=classifier.parameters,
         image_shape=classifier.image_shape,
         predicts_labels=True,
+        num_classes=classifier.num_classes,
     )
 
 

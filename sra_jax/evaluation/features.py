@@ -32,6 +32,8 @@ class Extractor:
       image_shape: (H,W,C) that the network insists on, or None for any.
       published: whether its numbers compare with published FIDs: the official weights of the FID Inception.
       predicts_labels: whether `logits` are scores of the data's own classes.
+      num_classes: how many these are.
+      class_names: their names, or None where they only have numbers.
     """
 
     name: str
@@ -42,6 +44,8 @@ class Extractor:
     image_shape: tuple[int, int, int] | None = None
     published: bool = False
     predicts_labels: bool = False
+    num_classes: int = 0
+    class_names: tuple[str, ...] | None = None
 
 
 def rebatch(batches: Iterable[ImageBatch], batch_size: int) -> Iterator[ImageBatch]:

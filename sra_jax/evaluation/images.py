@@ -1,8 +1,9 @@
-"""Sets of images on disk, read batch by batch: an npz as ADM's suite writes it, or a folder of png and jpg files."""
+"""Sets of images on disk, read batch by batch: an npz as ADM's suite writes it, or a folder of image files."""
 
 import contextlib
 import dataclasses
-import os
+import math
+import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -10,11 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
 
+from sra_jax.data import image_files
+from sra_jax.data.image_files import IMAGE_SUFFIXES
+from sra_jax.data.images import UnreadableImageError, opened
 from sra_jax.errors import UserError
 
-SUFFIXES = (".png", ".jpg", ".jpeg")
+IN_MEMORY_BATCH = 256
 
 # Images (B,H,W,C) uint8 and their labels (B,) or None.
 ImageBatch = tuple[np.ndarray, np.ndarray | None]
@@ -29,12 +33,16 @@ class ImageSet:
       shape: (N,H,W,C), C is 1 or 3.
       labels: (N,) int64, or None.
       read: `read(batch_size)` yields arrays (B,H,W,C) uint8, in order, the last one shorter.
+      class_names: one name a label, or None where labels are only numbers.
+      left_out: what lies there and is not in the set, in words; empty where nothing is.
     """
 
     name: str
     shape: tuple[int, int, int, int]
     labels: np.ndarray | None
     read: Callable[[int], Iterator[np.ndarray]]
+    class_names: tuple[str, ...] | None = None
+    left_out: str = ""
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -51,6 +59,25 @@ class ImageSet:
             done += len(images)
             yield images, labels
 
+    def in_memory(self) -> "ImageSet":
+        """The same set, read now, with a progress bar: what is read more than once is decoded once."""
+        parts = []
+        with tqdm(total=len(self), desc=f"reading {self.name}", unit="image", dynamic_ncols=True) as bar:
+            for images in self.read(IN_MEMORY_BATCH):
+                parts.append(images)
+                bar.update(len(images))
+        return dataclasses.replace(self, read=reader(np.concatenate(parts)))
+
+
+def reader(images: np.ndarray) -> Callable[[int], Iterator[np.ndarray]]:
+    """`ImageSet.read` of an array (N,H,W,C) uint8."""
+
+    def read(batch_size: int) -> Iterator[np.ndarray]:
+        for start in range(0, len(images), batch_size):
+            yield images[start : start + batch_size]
+
+    return read
+
 
 def check_images(images: np.ndarray, source: str) -> None:
     """Refuses what is not a batch (N,H,W,C) of uint8 images with one or three channels.
@@ -66,7 +93,7 @@ def _check_header(shape: tuple[int, ...], dtype: np.dtype, source: str) -> None:
         raise UserError(
             f"{source} holds {dtype} values; expected uint8 images, 0 to 255 (round and clip before saving)"
         )
-    if len(shape) != 4 or shape[-1] not in (1, 3):
+    if len(shape) != 4 or shape[-1] not in (1, 3) or min(shape[1:3]) < 1:
         raise UserError(f"{source} has the shape {tuple(shape)}; expected (images, height, width, 1 or 3 channels)")
 
 
@@ -75,7 +102,10 @@ def _readable(path: Path) -> Iterator[None]:
     """Turns the many ways in which a damaged npz fails into one message."""
     try:
         yield
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, OSError, NotImplementedError) as error:
+    except (
+        zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, KeyError, OSError, NotImplementedError,
+        RuntimeError, MemoryError,
+    ) as error:  # fmt: skip
         raise UserError(f"{path} cannot be read as npz: {error}. Is it complete?") from error
 
 
@@ -86,7 +116,7 @@ def npz_names(path: Path) -> list[str]:
       UserError: there is no such file, or it is damaged.
     """
     if not path.is_file():
-        raise UserError(f"{path} does not exist")
+        raise UserError(f"{path} {'is no file' if path.exists() else 'does not exist'}")
     with _readable(path), zipfile.ZipFile(path) as archive:
         return [name.removesuffix(".npy") for name in archive.namelist()]
 
@@ -100,7 +130,9 @@ def read_npz(path: Path, names: list[str]) -> dict[str, np.ndarray]:
     missing = set(names) - set(npz_names(path))
     if missing:
         raise UserError(f"{path} holds no {', '.join(sorted(missing))}, only {', '.join(npz_names(path))}")
-    with _readable(path), np.load(path) as arrays:
+    with _readable(path), zipfile.ZipFile(path) as archive, np.load(path) as arrays:
+        for name in names:
+            _header_of(archive, name)
         return {name: arrays[name] for name in names}
 
 
@@ -110,20 +142,34 @@ def _read_header(member) -> tuple[tuple[int, ...], bool, np.dtype]:
     return read(member)
 
 
+def _header_of(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, column-major order and type of an array, which is as long as they say: nothing is allocated on a lie."""
+    with archive.open(f"{name}.npy") as member:
+        shape, fortran_order, dtype = _read_header(member)
+        start = member.tell()
+    expected, found = start + math.prod(shape) * dtype.itemsize, archive.getinfo(f"{name}.npy").file_size
+    if not dtype.hasobject and (expected != found or min(shape, default=0) < 0):
+        raise ValueError(f"{name} should be {dtype}{list(shape)}, {expected} bytes, and has {found}")
+    return shape, fortran_order, dtype
+
+
 def open_npz(path: Path, *, name: str | None = None) -> ImageSet:
     """Images `arr_0` (N,H,W,C) uint8 and labels `arr_1` (N,), if there, of a file as ADM's suite reads it.
 
-    Images are read from the archive as they are needed: memory holds one batch of them.
+    An array `class_names` (K,) of text, which tools/sample.py writes, says what the labels stand for. Images are read
+    from the archive as they are needed: memory holds one batch of them.
 
     Raises:
-      UserError: there is no such file, it is damaged, holds no `arr_0`, or that is of a wrong type or shape.
+      UserError: there is no such file, it is damaged, holds no image, or an `arr_0` of a wrong type or shape.
     """
     names = npz_names(path)
     if "arr_0" not in names:
         raise UserError(f"{path} holds no images: expected an array arr_0 (N,H,W,C) uint8, found {', '.join(names)}")
-    with _readable(path), zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
-        shape, fortran_order, dtype = _read_header(member)
+    with _readable(path), zipfile.ZipFile(path) as archive:
+        shape, fortran_order, dtype = _header_of(archive, "arr_0")
     _check_header(shape, dtype, f"arr_0 of {path}")
+    if not shape[0]:
+        raise UserError(f"{path} holds no image: its arr_0 has the shape {shape}")
     if fortran_order:
         raise UserError(f"arr_0 of {path} is stored in column-major order; save numpy.ascontiguousarray of it")
     labels = read_npz(path, ["arr_1"])["arr_1"] if "arr_1" in names else None
@@ -131,6 +177,15 @@ def open_npz(path: Path, *, name: str | None = None) -> ImageSet:
         raise UserError(
             f"labels arr_1 of {path} are {labels.dtype} of shape {labels.shape}; expected {shape[0]} integers"
         )
+
+    class_names = None
+    if labels is not None and "class_names" in names:
+        class_names = tuple(map(str, np.atleast_1d(read_npz(path, ["class_names"])["class_names"])))
+        if labels.min() < 0 or labels.max() >= len(class_names):
+            raise UserError(
+                f"labels arr_1 of {path} run from {labels.min()} to {labels.max()}, and it names {len(class_names)} "
+                "classes"
+            )
 
     def read(batch_size):
         with _readable(path), zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
@@ -143,39 +198,39 @@ def open_npz(path: Path, *, name: str | None = None) -> ImageSet:
                     raise EOFError(f"arr_0 ends after {start + len(data) // image_bytes} of {shape[0]} images")
                 yield np.frombuffer(data, np.uint8).reshape(count, *shape[1:])
 
-    return ImageSet(name or path.stem, shape, None if labels is None else labels.astype(np.int64), read)
+    return ImageSet(name or path.stem, shape, None if labels is None else labels.astype(np.int64), read, class_names)
 
 
 def _decode(path: Path) -> np.ndarray:
     """(H,W,C) uint8: one channel for greyscale files, three for all others."""
     try:
-        with Image.open(path) as image:
+        with opened(path) as image:
             if image.mode.startswith(("I", "F")):
-                raise UserError(f"{path} has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits")
+                raise UnreadableImageError(
+                    f"it has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits"
+                )
             array = np.asarray(image if image.mode == "L" else image.convert("RGB"))
-    except (UnidentifiedImageError, OSError) as error:
+    except UnreadableImageError as error:
         raise UserError(f"{path} is not a readable image: {error}") from error
     return array[:, :, None] if array.ndim == 2 else array
 
 
 def open_folder(folder: Path, *, name: str | None = None) -> ImageSet:
-    """All png and jpg files in a folder, sorted by path; names of subfolders, sorted, are classes.
+    """All image files in a folder; its subfolders, sorted by their names as text, are classes (torchvision's order).
 
     Raises:
       UserError: no images, some in subfolders and some not, a file is damaged or of another size than the first.
     """
-    paths = sorted(
-        Path(parent) / file for parent, _, files in os.walk(folder) for file in files if file.lower().endswith(SUFFIXES)
-    )
-    if not paths:
-        raise UserError(f"{folder} holds no {', '.join(SUFFIXES)} files")
-    parents = [path.parent.relative_to(folder) for path in paths]
-    classes = sorted(set(parents))
-    if len(classes) > 1 and Path(".") in classes:
+    tree = image_files.walk(folder)
+    classes = {name: files for name, files in tree.classes.items() if files}
+    if classes and tree.beside:
         raise UserError(
             f"{folder} holds images both beside and inside subfolders, which stand for classes; separate them"
         )
-    labels = None if classes == [Path(".")] else np.array([classes.index(parent) for parent in parents])
+    paths = [folder / file for files in (tree.beside, *classes.values()) for file in files]
+    if not paths:
+        raise UserError(f"{folder} holds no {', '.join(IMAGE_SUFFIXES)} files")
+    labels = np.repeat(np.arange(len(classes)), [len(files) for files in classes.values()]) if classes else None
     first = _decode(paths[0]).shape
 
     def decode(path):
@@ -191,7 +246,10 @@ def open_folder(folder: Path, *, name: str | None = None) -> ImageSet:
             for start in range(0, len(paths), batch_size):
                 yield np.stack(list(pool.map(decode, paths[start : start + batch_size])))
 
-    return ImageSet(name or folder.name, (len(paths), *first), labels, read)
+    return ImageSet(
+        name or folder.resolve().name, (len(paths), *first), labels, read, tuple(classes) or None,
+        image_files.described(tree.left_out),
+    )  # fmt: skip
 
 
 def open_images(path: str | Path, *, name: str | None = None) -> ImageSet:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,25 +28,37 @@ class Reference:
     Attributes:
       name: of the set.
       extractor: identity of the extractor.
-      image_size: (H,W) in pixels.
+      image_size: (H,W) in pixels; None where the file does not say (mu and sigma alone).
       count: how many images the statistics are of; None where the file does not say (ADM's).
       pool: statistics of pool features, for FID.
       spatial: statistics of spatial features, for sFID; None if the extractor has none.
       features: (M,D) float32 pool features of up to MOST_FEATURES images, for precision, recall and KID; None if the
         source holds none.
+      class_names: one a label of the set, or None where it has none.
     """
 
     name: str
     extractor: str
-    image_size: tuple[int, int]
+    image_size: tuple[int, int] | None
     count: int | None
     pool: GaussianStatistics
     spatial: GaussianStatistics | None
     features: np.ndarray | None
+    class_names: tuple[str, ...] | None = None
 
 
-def stored_metadata(path: str | Path | ImageSet) -> dict[str, object] | None:
-    """What a statistics file of ours says of itself (extractor, name, image_size, count), None for any other source.
+class Stored(NamedTuple):
+    """What a statistics file of ours says of itself; see `Reference`."""
+
+    name: str
+    extractor: str
+    image_size: tuple[int, int] | None
+    count: int | None
+    class_names: tuple[str, ...] | None
+
+
+def stored_metadata(path: str | Path | ImageSet) -> Stored | None:
+    """What a statistics file of ours says of itself, None for any other source.
 
     Raises:
       UserError: the path is not there, or an npz file is damaged.
@@ -61,14 +74,51 @@ def stored_metadata(path: str | Path | ImageSet) -> dict[str, object] | None:
         return None
     try:
         metadata = json.loads(str(read_npz(path, ["meta"])["meta"]))
-        found = metadata["format"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} has a meta entry that is not ours: {error}") from error
-    if found != FORMAT:
-        raise UserError(
-            f"{path} is of the format {found!r}, this version reads {FORMAT!r}: make it again from the images"
+        if metadata["format"] != FORMAT:
+            raise UserError(
+                f"{path} is of the format {metadata['format']!r}, this version reads {FORMAT!r}: make it again from "
+                "the images"
+            )
+        size, count, names = metadata["image_size"], metadata["count"], metadata.get("class_names")
+        return Stored(
+            name=str(metadata["name"]),
+            extractor=str(metadata["extractor"]),
+            image_size=None if size is None else (int(size[0]), int(size[1])),
+            count=None if count is None else int(count),
+            class_names=None if names is None else tuple(map(str, names)),
         )
-    return metadata
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} has a meta entry that is not ours: {error!r}") from error
+
+
+def holds_inception_statistics(path: str | Path | ImageSet) -> bool:
+    """Whether a source is a file of ADM, pytorch-fid or clean-fid: mu and sigma of the published Inception's features.
+
+    Raises:
+      UserError: the path is not there, or an npz file is damaged.
+    """
+    if isinstance(path, ImageSet) or stored_metadata(path):
+        return False
+    path = Path(path)
+    return path.suffix == ".npz" and not path.is_dir() and set(POOL) <= set(npz_names(path))
+
+
+def refuse_inception_statistics(path: str | Path | ImageSet, identity: str) -> None:
+    """Raises a `UserError` where a source holds statistics of another extractor than the one named."""
+    if holds_inception_statistics(path):
+        raise UserError(
+            f"{path} holds statistics of the FID Inception network with its published weights, this is {identity}: "
+            "their numbers do not compare. Use --extractor=inception, or a reference of images only"
+        )
+
+
+def parts_of(path: str | Path | ImageSet, extractor: Extractor) -> frozenset[str]:
+    """Which of `pool`, `spatial` and `features` a source can give, told without loading it."""
+    if isinstance(path, ImageSet) or not (stored_metadata(path) or holds_inception_statistics(path)):
+        return frozenset({"pool", "features"} | {"spatial"} & extractor.outputs)
+    names = set(npz_names(Path(path)))
+    given = {"spatial": set(SPATIAL) <= names, "features": bool({"features", "arr_0"} & names)}
+    return frozenset({"pool"} | {part for part, there in given.items() if there})
 
 
 def reference_images(path: str | Path | ImageSet) -> ImageSet | None:
@@ -80,6 +130,15 @@ def reference_images(path: str | Path | ImageSet) -> ImageSet | None:
     if isinstance(path, ImageSet):
         return path
     return None if stored_metadata(path) else open_images(path)
+
+
+def image_size_of(path: str | Path | ImageSet) -> tuple[int, int] | None:
+    """Height and width of a source's images, told without loading it; None for mu and sigma alone."""
+    if isinstance(path, ImageSet):
+        return path.shape[1:3]
+    if stored := stored_metadata(path):
+        return stored.image_size
+    return None if "arr_0" not in npz_names(Path(path)) else open_images(path).shape[1:3]
 
 
 def make_reference(
@@ -123,6 +182,7 @@ def make_reference(
         pool=pool.statistics(),
         spatial=spatial.statistics() if spatial.count else None,
         features=np.concatenate(features),
+        class_names=images.class_names,
     )
 
 
@@ -137,8 +197,9 @@ def save_reference(reference: Reference, path: str | Path) -> None:
         "format": FORMAT,
         "name": reference.name,
         "extractor": reference.extractor,
-        "image_size": list(reference.image_size),
+        "image_size": reference.image_size and list(reference.image_size),
         "count": reference.count,
+        "class_names": reference.class_names,
     }
     arrays = dict(zip(POOL, (reference.pool.mean, reference.pool.covariance), strict=True))
     if reference.spatial is not None:
@@ -169,21 +230,22 @@ def _statistics(path: Path, names: tuple[str, str]) -> GaussianStatistics:
     return GaussianStatistics(mean, covariance)
 
 
-def _load_stored(path: Path, metadata: dict[str, object], extractor: Extractor) -> Reference:
-    if metadata["extractor"] != extractor.identity:
+def _load_stored(path: Path, metadata: Stored, extractor: Extractor) -> Reference:
+    if metadata.extractor != extractor.identity:
         raise UserError(
-            f"{path} was made with the extractor {metadata['extractor']}, this is {extractor.identity}: their numbers "
+            f"{path} was made with the extractor {metadata.extractor}, this is {extractor.identity}: their numbers "
             "do not compare. Use the same extractor and weights, or make the statistics again from the images"
         )
     names = npz_names(path)
+    pool = _statistics(path, POOL)
+    features = read_npz(path, ["features"])["features"] if "features" in names else None
+    if features is not None and (features.ndim != 2 or features.shape[1:] != pool.mean.shape):
+        raise UserError(f"{path}: features {features.shape} do not fit mu {pool.mean.shape}")
     return Reference(
-        name=str(metadata["name"]),
-        extractor=extractor.identity,
-        image_size=tuple(metadata["image_size"]),
-        count=metadata["count"],
-        pool=_statistics(path, POOL),
+        pool=pool,
         spatial=_statistics(path, SPATIAL) if set(SPATIAL) <= set(names) else None,
-        features=read_npz(path, ["features"])["features"] if "features" in names else None,
+        features=features,
+        **metadata._asdict(),
     )
 
 
@@ -199,7 +261,8 @@ def load_reference(
 
     Args:
       path: statistics file (`save_reference`); ADM's VIRTUAL_*.npz (statistics of the whole set with 10,000 of its
-        images); npz or folder of images; or images that are open already.
+        images); mu and sigma alone, as pytorch-fid and clean-fid write them; npz or folder of images; or images that
+        are open already.
       extractor: the network whose features are compared.
       with_features: whether features are needed (precision, recall, KID). ADM's files hold images for them, which then
         go through the network; statistics files of ours hold the features themselves.
@@ -215,24 +278,19 @@ def load_reference(
     metadata = stored_metadata(path)
     if metadata:
         return _load_stored(path, metadata, extractor)
-    has_statistics = path.suffix == ".npz" and not path.is_dir() and set(POOL) <= set(npz_names(path))
-    if not has_statistics:
+    if not holds_inception_statistics(path):
         return make_reference(open_images(path), extractor, batch_size=batch_size, progress=progress)
     if not extractor.published:
-        raise UserError(
-            f"{path} holds statistics of the FID Inception network with its published weights, this is "
-            f"{extractor.identity}: their numbers do not compare. Use --extractor=inception, or a reference of images "
-            "only"
-        )
-    images = open_images(path)
+        refuse_inception_statistics(path, extractor.identity)
     pool = _statistics(path, POOL)
+    images = open_images(path) if "arr_0" in npz_names(path) else None
     features = None
-    if with_features:
+    if with_features and images is not None:
         features = make_reference(images, extractor, batch_size=batch_size, progress=progress).features
     return Reference(
-        name=images.name,
+        name=path.stem,
         extractor=extractor.identity,
-        image_size=images.shape[1:3],
+        image_size=None if images is None else images.shape[1:3],
         count=None,
         pool=pool,
         spatial=_statistics(path, SPATIAL) if set(SPATIAL) <= set(npz_names(path)) else None,

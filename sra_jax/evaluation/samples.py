@@ -4,10 +4,12 @@ Features of finished chunks lie in <workdir>/evaluation/unfinished_*/ until the 
 the numbers of its samples, and the folder's name everything that the samples depend on.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import shutil
+import sys
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,11 +20,13 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from sra_jax import files
+from sra_jax.errors import RunError, UserError
+from sra_jax.evaluation.classifier import check_labelled
 from sra_jax.evaluation.datasets import OWN, dataset_images, is_dataset, named_images
 from sra_jax.evaluation.extractors import build_extractor
 from sra_jax.evaluation.features import Extractor, Features, extract_features
-from sra_jax.evaluation.images import ImageSet
-from sra_jax.evaluation.reference import reference_images, stored_metadata
+from sra_jax.evaluation.images import ImageSet, npz_names, read_npz
+from sra_jax.evaluation.reference import reference_images, refuse_inception_statistics, stored_metadata
 from sra_jax.sampling.generation import Generator
 
 FOLDER = "evaluation"
@@ -30,26 +34,49 @@ CHUNK = 1000
 SEED = 0
 
 
-def open_reference(name: str, data: ConfigDict) -> str | ImageSet:
+def open_reference(
+    name: str, data: ConfigDict, *, labelled: bool = True, data_dir: str | None = None
+) -> str | ImageSet:
     """What `load_reference` takes, of a reference as users name it for a run with this `data` section.
+
+    Args:
+      name: the reference.
+      data: the run's.
+      labelled: whether labels are needed.
+      data_dir: for tfds, the folder of its sets.
 
     Raises:
       UserError: there is no such set, or it does not come in the size of the run's images.
     """
     if name == OWN:
-        return dataset_images(data)
+        return dataset_images(data, labelled=labelled)
     if is_dataset(name):
-        return named_images(name, data.image_size, data.channels)
+        return named_images(name, data.image_size, data.channels, labelled=labelled, data_dir=data_dir)
     return name
 
 
-def extractor_for(name: str, weights: str | None, reference: str | ImageSet | None) -> Extractor:
-    """The extractor of that name; a classifier is trained on the reference's images, or is the one that made it."""
-    data = identity = None
-    if name == "classifier" and reference is not None:
-        data = reference_images(reference)
-        identity = None if data else str(stored_metadata(reference)["extractor"])
-    return build_extractor(name, weights=weights, data=data, identity=identity)
+def extractor_for(
+    name: str, weights: str | None, reference: str | ImageSet | None
+) -> tuple[Extractor, str | ImageSet | None]:
+    """The extractor of that name; a classifier is trained on the reference's images, or is the one that made it.
+
+    Returns:
+      The extractor, which knows the classes' names where the reference does; and the reference, its images in memory
+      where they had to be read for the classifier.
+    """
+    if name != "classifier" or reference is None:
+        return build_extractor(name, weights=weights), reference
+    stored = stored_metadata(reference)
+    if stored is not None:
+        extractor = build_extractor(name, weights=weights, identity=stored.extractor)
+        return dataclasses.replace(extractor, class_names=stored.class_names), reference
+    refuse_inception_statistics(reference, name)
+    images = reference_images(reference)
+    if weights is None:
+        check_labelled(images)
+        images = images.in_memory()
+    extractor = build_extractor(name, weights=weights, data=images)
+    return dataclasses.replace(extractor, class_names=images.class_names), images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,13 +111,33 @@ class Samples:
         with tqdm(total=self.count, desc=description, unit="image", dynamic_ncols=True) as bar:
             for start in range(0, self.count, CHUNK):
                 stop = min(start + CHUNK, self.count)
-                if self.folder is not None and (path := self._path(start, stop)).exists():
-                    chunk = _read(path)
+                chunk = self._kept(start, stop)
+                if chunk is not None:
                     bar.initial += stop - start  # time left is that of the samples still to be made
                     bar.update(stop - start)
                 else:
                     chunk = self._make(start, stop, bar)
                 yield {k: v for k, v in chunk.items() if k not in ("labels", "images")}, chunk["labels"]
+
+    def _kept(self, start: int, stop: int) -> dict[str, np.ndarray] | None:
+        """A chunk of an earlier attempt; None where there is none, or a damaged one, which is made anew."""
+        path = self.folder and self._path(start, stop)
+        if not path or not path.exists():
+            return None
+        try:
+            chunk = read_npz(path, npz_names(path))
+            if {len(values) for values in chunk.values()} != {stop - start} or not {"pool", "labels"} <= chunk.keys():
+                raise UserError(f"{path} does not hold {stop - start} samples")
+        except UserError as error:
+            tqdm.write(f"{error} These samples are made again.", file=sys.stderr)
+            return None
+        return chunk
+
+    def locked(self) -> contextlib.AbstractContextManager[Any]:
+        """Be the only process that makes these samples for as long as the block runs."""
+        if self.folder is None:
+            return contextlib.nullcontext()
+        return files.locked_output(self.folder, "choose other samples, such as another --seed")
 
     def _make(self, start: int, stop: int, bar: tqdm) -> dict[str, np.ndarray]:
         kept: list[np.ndarray] = []
@@ -108,16 +155,27 @@ class Samples:
         if self.keep_images:
             chunk["images"] = np.concatenate(kept)
         if self.folder is not None:
-            files.write_npz(self._path(start, stop), chunk)
+            try:
+                files.write_npz(self._path(start, stop), chunk)
+            except OSError as error:
+                raise RunError(
+                    f"{self.folder} cannot be written ({error}): {start} samples are kept there; make room, and the "
+                    "same command goes on with the next"
+                ) from error
         return chunk
 
     def _path(self, start: int, stop: int) -> Path:
         return self.folder / f"{start:07d}_{stop:07d}.npz"
 
-    def write_npz(self, path: Path) -> None:
-        """The kept images and labels as ADM's suite reads them; memory holds one chunk. After all chunks are made."""
+    def write_npz(self, path: Path, class_names: Sequence[str] | None = None) -> None:
+        """The kept images and labels as ADM's suite reads them; memory holds one chunk. After all chunks are made.
+
+        Args:
+          path: the file.
+          class_names: kept beside, as `class_names`, where they are known.
+        """
         chunks = [self._path(start, min(start + CHUNK, self.count)) for start in range(0, self.count, CHUNK)]
-        first = _read(chunks[0])["images"]
+        first = read_npz(chunks[0], ["images"])["images"]
         labels = []
         with (
             files.whole(path) as unfinished,
@@ -126,21 +184,20 @@ class Samples:
             with archive.open("arr_0.npy", "w", force_zip64=True) as member:
                 header = {"descr": "|u1", "fortran_order": False, "shape": (self.count, *first.shape[1:])}
                 np.lib.format.write_array_header_2_0(member, header)
-                for chunk in map(_read, chunks):
+                for path_of_chunk in chunks:
+                    chunk = read_npz(path_of_chunk, ["images", "labels"])
                     member.write(chunk["images"].tobytes())
                     labels.append(chunk["labels"])
             with archive.open("arr_1.npy", "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, np.concatenate(labels).astype(np.int64))
+            if class_names is not None:
+                with archive.open("class_names.npy", "w") as member:
+                    np.lib.format.write_array(member, np.array(class_names))
 
     def forget(self) -> None:
         """Delete the kept chunks."""
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _read(path: Path) -> dict[str, np.ndarray]:
-    with np.load(path) as arrays:
-        return dict(arrays)
 
 
 def unfinished_folder(workdir: Path, dependencies: Mapping[str, Any]) -> Path:
@@ -158,5 +215,5 @@ def write_result(workdir: Path, step: int, result: Mapping[str, Any]) -> Path:
     while path.exists():
         copies += 1
         path = folder / f"step_{step:07d}_{copies}.json"
-    files.write_text(path, json.dumps(result, indent=2) + "\n")
+    files.write_results({path: lambda path: files.write_text(path, json.dumps(result, indent=2) + "\n")})
     return path

@@ -35,6 +35,7 @@ from sra_jax.runs.trained import TrainedModel
 CONDITIONS = ("null", "true")
 SHARD_BYTES = 2**28
 IN_MEMORY_BYTES = 2**30
+MAPPED_FILES = 128
 READ_THREADS = 4
 
 
@@ -165,24 +166,37 @@ class FeatureSet:
     """
 
     def __init__(self, folder: Path):
-        shards = sorted(folder.glob("features_*.npy"))
-        self._shards = [np.load(path, mmap_mode="r") for path in shards]
-        if sum(shard.nbytes for shard in self._shards) <= IN_MEMORY_BYTES:
-            self._shards = [np.concatenate(self._shards)]
-        self._starts = np.cumsum([0, *map(len, self._shards)])
-        self.labels = np.concatenate([np.load(path) for path in sorted(folder.glob("labels_*.npy"))])
-        self.shape = self._shards[0].shape[1:]
+        self._paths = sorted(folder.glob("features_*.npy"))
+        try:
+            shards = [np.load(path, mmap_mode="r") for path in self._paths[:1]]
+            labels = [np.load(path) for path in sorted(folder.glob("labels_*.npy"))]
+            self.shape = shards[0].shape[1:]
+            row_bytes = shards[0].itemsize * int(np.prod(self.shape))
+            for path, part in zip(self._paths, labels, strict=True):
+                if path.stat().st_size < len(part) * row_bytes:
+                    raise ValueError(f"{path.name} is shorter than its {len(part)} labels")
+            whole = row_bytes * sum(map(len, labels)) <= IN_MEMORY_BYTES
+            self._whole = np.concatenate([np.load(path) for path in self._paths]) if whole else None
+        except (OSError, ValueError, IndexError, EOFError) as error:
+            raise UserError(f"the features in {folder} are damaged ({error}): delete this folder") from error
+        self._starts = np.cumsum([0, *map(len, labels)])
+        self.labels = np.concatenate(labels)
+        # a mapped file counts as an open one: of a large set only some may be mapped at a time
+        mapped = functools.lru_cache(maxsize=MAPPED_FILES)
+        self._mapped = mapped(lambda shard: np.load(self._paths[shard], mmap_mode="r"))
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def rows(self, indices: np.ndarray) -> np.ndarray:
         """Rows `indices` (n,) as (n, levels, blocks, D) float32."""
+        if self._whole is not None:
+            return self._whole[indices]
         out = np.empty((len(indices), *self.shape), np.float32)
         where = np.searchsorted(self._starts, indices, side="right") - 1
         for shard in np.unique(where):
             chosen = where == shard
-            out[chosen] = self._shards[shard][indices[chosen] - self._starts[shard]]
+            out[chosen] = self._mapped(int(shard))[indices[chosen] - self._starts[shard]]
         return out
 
 
@@ -209,13 +223,22 @@ def extract_to_disk(
     text = json.dumps(manifest, indent=2, sort_keys=True)
     folder = cache / hashlib.sha256(text.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
+    with files.locked(folder, "choose another --cache"):
+        _fill(folder, manifest, model, dataset, indices, settings, batch_size, name)
+    return FeatureSet(folder)
+
+
+def _fill(
+    folder: Path, manifest: Mapping[str, Any], model: TrainedModel, dataset: Dataset, indices: np.ndarray,
+    settings: Settings, batch_size: int, name: str,
+) -> None:
+    """Make the files of a folder of features that are not there yet."""
     batch_size = -(-batch_size // model.mesh.size) * model.mesh.size
     row_bytes = 4 * len(settings.levels) * len(settings.blocks) * model.config.model.width
     rows = batch_size * max(1, SHARD_BYTES // (row_bytes * batch_size))
     plan = {"rows_per_shard": rows, "of": manifest}
     if (folder / "manifest.json").exists():
-        plan = json.loads((folder / "manifest.json").read_text())  # the shards there may be of another batch size
-        rows = plan["rows_per_shard"]
+        rows = _rows_per_shard(folder)  # the shards there may be of another batch size
     else:
         _write(folder / "manifest.json", lambda file: file.write(json.dumps(plan, indent=2).encode()))
     extract = jax.jit(make_extractor(model, dataset.encode, settings, pool=True))
@@ -227,7 +250,16 @@ def extract_to_disk(
                 features, labels = _extract_shard(extract, model, dataset, part, batch_size, bar)
                 _write(folder / f"features_{shard:05d}.npy", functools.partial(np.save, arr=features))
                 _write(folder / f"labels_{shard:05d}.npy", functools.partial(np.save, arr=labels))
-    return FeatureSet(folder)
+
+
+def _rows_per_shard(folder: Path) -> int:
+    try:
+        rows = json.loads((folder / "manifest.json").read_text())["rows_per_shard"]
+        if not isinstance(rows, int) or rows < 1:
+            raise ValueError(f"rows_per_shard is {rows!r}")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{folder / 'manifest.json'} is damaged ({error!r}): delete this folder") from error
+    return rows
 
 
 def _extract_shard(

@@ -8,7 +8,7 @@ import jax
 
 from sra_jax import config as config_lib
 from sra_jax.distributed import sharding
-from sra_jax.runs import CONFIG
+from sra_jax.runs import CONFIG, class_names
 from sra_jax.runs.checkpoints import Checkpoints
 from sra_jax.runs.state import Networks, Params
 
@@ -28,6 +28,7 @@ class TrainedModel:
       mesh: all devices.
       networks: functions of `params`.
       params: {"model": ...} and, where it was trained, "head".
+      class_names: one a label, or None where the run has none.
 
     Raises:
       UserError: no such run or checkpoint, or sampling values that cannot work.
@@ -46,6 +47,7 @@ class TrainedModel:
             self.config.accumulation = 1
             self.config.batch_size *= jax.device_count()  # these devices can share it, and the method is content
         config_lib.check(self.config, jax.device_count())
+        self.class_names = class_names.read(workdir, self.config.data.num_classes)
         self.mesh = sharding.make_mesh(config_lib.mesh_shape(self.config, jax.device_count()))
         self.networks = Networks(self.config)
         checkpoints = Checkpoints(workdir, read_only=True)

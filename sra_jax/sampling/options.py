@@ -10,6 +10,10 @@ from sra_jax import config as config_lib
 from sra_jax.errors import UserError
 
 SCHEMES = ("balanced", "uniform")
+LABELS_HELP = (
+    "balanced (each class equally often, in turn), uniform (drawn at random from --seed, as for the published figures "
+    "of DiT and SiT), or classes, taken in turn: 207,360, or names where the run's set has them."
+)
 
 
 def define_sampling_flags() -> None:
@@ -44,17 +48,36 @@ def sampling_overrides() -> dict[str, Any]:
     return overrides
 
 
-def parse_labels(text: str) -> str | Sequence[int]:
-    """The --labels flag: a scheme's name, or class numbers with commas between.
+def parse_labels(text: str, class_names: Sequence[str] | None = None) -> str | Sequence[int]:
+    """The --labels flag: a scheme's name, or classes with commas between, each its number, its name or name:NAME.
+
+    Args:
+      text: the flag's value.
+      class_names: the run's, or None where it has only numbers.
 
     Raises:
       UserError: neither.
     """
     if text in SCHEMES:
         return text
-    try:
-        return [values.whole("--labels", part) for part in text.split(",")]
-    except UserError as error:
-        raise UserError(
-            f"--labels={values.shown(text)} must be {', '.join(SCHEMES)}, or class numbers such as 3 or 1,5,7"
-        ) from error
+    return [_label(part.strip(), text, class_names or ()) for part in text.split(",")]
+
+
+def _label(part: str, text: str, class_names: Sequence[str]) -> int:
+    if values.INTEGER.fullmatch(part):
+        return values.whole("--labels", part)
+    name = part.removeprefix("name:")
+    if name in class_names:
+        return class_names.index(name)
+    known = f"; this run's names begin with {', '.join(class_names[:3])}" if class_names else ""
+    raise UserError(
+        f"--labels={values.shown(text)} must be {', '.join(SCHEMES)}, or classes such as 3 or 1,5,7: numbers, or names "
+        f"where the run has them (name:7 for one that looks like a number){known}"
+    )
+
+
+def describe_labels(labels: str | Sequence[int], class_names: Sequence[str] | None) -> str | None:
+    """What the chosen class numbers stand for, in words; None where there is nothing to say."""
+    if isinstance(labels, str) or class_names is None or any(not 0 <= label < len(class_names) for label in labels):
+        return None
+    return ", ".join(f"{label} = {class_names[label]}" for label in dict.fromkeys(labels))

@@ -1,6 +1,6 @@
 """The metrics of the EMA while it is trained, by the code of tools/fid.py."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,11 @@ from ml_collections import ConfigDict
 from sra_jax.data import registry as datasets
 from sra_jax.errors import UserError
 from sra_jax.evaluation import evaluate
-from sra_jax.evaluation.reference import Reference, load_reference
+from sra_jax.evaluation.reference import Reference, load_reference, parts_of
 from sra_jax.evaluation.samples import SEED, Samples, extractor_for, open_reference, write_result
 from sra_jax.sampling.generation import Generator
+
+LABELS = "balanced"
 
 
 class TrainingEvaluation:
@@ -23,21 +25,28 @@ class TrainingEvaluation:
       config: the run's.
       mesh: its devices.
       workdir: its folder.
+      class_names: of its training set, one a label, or None.
 
     Raises:
       UserError: weights or reference are missing, or too few samples are asked for.
     """
 
-    def __init__(self, config: ConfigDict, mesh: Mesh, workdir: Path):
+    def __init__(self, config: ConfigDict, mesh: Mesh, workdir: Path, class_names: Sequence[str] | None):
         settings = config.evaluation
         self._count, self._workdir = settings.num_samples, Path(workdir)
         self._generator = Generator(config, mesh, datasets.decoder(config.data), settings.batch_size, SEED)
         self._leads = jax.process_index() == 0
         if not self._leads:
             return
-        reference = open_reference(settings.reference, config.data)
-        self._extractor = extractor_for(settings.extractor, settings.weights or None, reference)
-        self._metrics = evaluate.default_metrics(self._extractor, labels=True)
+        reference = open_reference(settings.reference, config.data, labelled=settings.extractor == "classifier")
+        self._extractor, reference = extractor_for(settings.extractor, settings.weights or None, reference)
+        parts = parts_of(reference, self._extractor)
+        self._metrics = evaluate.default_metrics(self._extractor, labels=True, parts=parts)
+        self._translation = None
+        if "accuracy" in self._metrics:
+            self._translation = evaluate.label_translation(
+                self._extractor, class_names, config.data.num_classes, "the training set"
+            )
         if self._count < evaluate.least_samples(self._metrics):
             raise UserError(
                 f"evaluation.num_samples={self._count}: {', '.join(self._metrics)} need at least "
@@ -49,13 +58,14 @@ class TrainingEvaluation:
         """The metrics of the EMA at this step, also written to evaluation/step_*.json. Empty but on process 0."""
         params = {"model": ema["model"]}
         if not self._leads:  # generating is everybody's work, measuring process 0's
-            for _ in self._generator.images(params, self._count):
+            for _ in self._generator.images(params, self._count, LABELS):
                 pass
             return {}
-        samples = Samples(self._generator, params, self._count, "balanced", self._extractor, folder=None)
+        samples = Samples(self._generator, params, self._count, LABELS, self._extractor, folder=None)
         result = evaluate.measure_features(
             samples.features(f"evaluating step {step}"), self._reference, self._extractor, metrics=self._metrics,
-            image_size=self._generator.image_size(),
+            image_size=self._generator.image_size(), translation=self._translation,
         )  # fmt: skip
-        write_result(self._workdir, step, {"step": step, "sampling": self._generator.describe(), **result})
+        made = {"step": step, "labels": LABELS, "sampling": self._generator.describe()}
+        write_result(self._workdir, step, {**made, **result})
         return {name: float(result[name]) for name in self._metrics}

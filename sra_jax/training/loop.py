@@ -18,14 +18,14 @@ from tqdm import tqdm
 
 from sra_jax import config as config_lib
 from sra_jax import files
-from sra_jax.data import pipeline
+from sra_jax.data import classes, pipeline
 from sra_jax.data import registry as datasets
 from sra_jax.data.dataset import Dataset
 from sra_jax.distributed import processes, sharding
 from sra_jax.errors import Preempted, RunError, UserError
 from sra_jax.methods.health import Watch, health
 from sra_jax.methods.registry import noisier_teachers
-from sra_jax.runs import CONFIG
+from sra_jax.runs import CONFIG, class_names
 from sra_jax.runs import metrics as metrics_lib
 from sra_jax.runs.checkpoints import Checkpoints
 from sra_jax.runs.state import Networks, TrainState, ema_decay, init_state, learning_rate, make_optimizer
@@ -126,6 +126,8 @@ def _train(config: ConfigDict, workdir: Path, allow_config_change: bool, lock: f
     started = holds_run(config, workdir, allow_config_change)
     processes.wait_for_all("workdir")  # before any of them writes there
     dataset = datasets.training_set(config)
+    learned = class_names.read(workdir, config.data.num_classes) if started else None
+    classes.check_same(learned, dataset.class_names, "the training set")
     check_teacher(config)
     steps = config_lib.total_steps(config, len(dataset.source))
     say = print if jax.process_index() == 0 else _silent
@@ -135,7 +137,7 @@ def _train(config: ConfigDict, workdir: Path, allow_config_change: bool, lock: f
     checkpoints = Checkpoints(workdir, keep=config.keep)
     try:
         state = begin(config, program, checkpoints, workdir, say, started)
-        _write_config(config, workdir)
+        _write_config(config, workdir, dataset)
         if int(state.step) >= steps:
             say(f"nothing to do: step {int(state.step)} of {steps} is saved; --config.steps={2 * steps} trains on")
         else:
@@ -220,9 +222,10 @@ def holds_run(config: ConfigDict, workdir: Path, allow_config_change: bool) -> b
     return True
 
 
-def _write_config(config: ConfigDict, workdir: Path) -> None:
+def _write_config(config: ConfigDict, workdir: Path, dataset: Dataset) -> None:
     if jax.process_index() == 0:
         files.write_text(workdir / CONFIG, config_lib.to_json(config) + "\n")
+        class_names.write(workdir, dataset.class_names)
 
 
 def begin(
@@ -263,6 +266,9 @@ def _describe(config: ConfigDict, program: Program, dataset: Dataset, steps: int
         f"{config.name}: {count / 1e6:.2f}M parameters, {len(dataset.source):,} examples, {steps:,} steps of "
         f"{config.batch_size} on {jax.device_count()} {jax.devices()[0].device_kind} device(s)"
     )
+    say(classes.described(dataset.num_classes, dataset.class_names))
+    if dataset.left_out:
+        say(f"left out of {config.data.path}: {dataset.left_out}")
 
 
 def _say_where(config: ConfigDict, workdir: Path, say: Callable[..., None]) -> None:
@@ -285,19 +291,25 @@ def _run(
     """The hot loop. The host runs ahead of the devices: it waits for them only to log, to preview and to save."""
     first = int(state.step)
     mesh = program.mesh
-    stream = pipeline.batches(
-        dataset.source, batch_size=config.batch_size, seed=config.seed,
-        rows=sharding.process_rows(mesh, config.batch_size), start=first, workers=config.data.workers,
+    # before anything is compiled: these find out which weights or images are missing
+    previews = Previews(config, mesh, workdir) if config.sample_every else None
+    evaluation = (
+        TrainingEvaluation(config, mesh, workdir, dataset.class_names) if config.evaluation.every else None
     )  # fmt: skip
+    read = {
+        "batch_size": config.batch_size, "seed": config.seed, "rows": sharding.process_rows(mesh, config.batch_size)
+    }  # fmt: skip
+    stream = pipeline.batches(dataset.source, **read, start=first, workers=config.data.workers)
     bar = tqdm(
         total=steps, initial=first, desc="compiling", unit="step", disable=jax.process_index() != 0,
         dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 15.0,
     )  # fmt: skip
     compiled = program.train_step.lower(program.state, abstract_batch(dataset, config.batch_size, mesh)).compile()
-    previews = Previews(config, mesh, workdir) if config.sample_every else None
     writer = metrics_lib.Writer(workdir) if jax.process_index() == 0 else None
-    evaluation = TrainingEvaluation(config, mesh, workdir) if config.evaluation.every else None
-    journal = Journal(config, writer, bar, checkpoints, metrics_lib.read(workdir) if writer else [])
+    journal = Journal(
+        config, writer, bar, checkpoints, metrics_lib.read(workdir) if writer else [],
+        lambda step: pipeline.non_finite(dataset.source, **read, batch=step - 1),
+    )  # fmt: skip
     bar.set_description("training")
     batch = None
     try:
@@ -348,14 +360,16 @@ class Journal:
       bar: shows what is written.
       checkpoints: whose last save an error message names.
       records: what the run has logged before.
+      non_finite: `non_finite(step)` names the examples of a step that hold NaN or infinite values.
     """
 
     def __init__(
         self, config: ConfigDict, writer: metrics_lib.Writer | None, bar: tqdm, checkpoints: Checkpoints,
-        records: Sequence[Mapping[str, float]] = (),
+        records: Sequence[Mapping[str, float]], non_finite: Callable[[int], list[str]],
     ):
         self._config, self._writer, self._bar, self._checkpoints = config, writer, bar, checkpoints
         self._watch = Watch(config_lib.methods_of(config), records)
+        self._non_finite = non_finite
         self._pending: list[tuple[int, Metrics]] = []
         self._due = False
         self.restart_clock()
@@ -410,6 +424,11 @@ class Journal:
 
     def _stop(self, name: str, value: float, step: int) -> None:
         self._checkpoints.wait()
+        if damaged := self._non_finite(step):
+            raise RunError(
+                f"{name} is {value} at step {step}, because the training set holds NaN or infinite values there: "
+                f"{'; '.join(damaged)}. tools/prepare_latents.py --verify names all such examples"
+            )
         saved = self._checkpoints.steps()
         last = f"the last good checkpoint is step {saved[-1]} in {self._checkpoints.directory}" if saved else (
             "no checkpoint was saved before"

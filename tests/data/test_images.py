@@ -1,11 +1,17 @@
+import errno
 import io
 import itertools
+import struct
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from sra_jax.data.images import UnreadableImageError, centre_crop, read_image, to_array
+from sra_jax.errors import RunError, UserError
+from sra_jax.evaluation.datasets import named_images
+from sra_jax.evaluation.images import open_images
 
 
 def encoded(image, format, **options):
@@ -105,6 +111,57 @@ def test_every_colour_mode_becomes_8_bit_rgb():
 def test_grey_by_luma_for_one_channel():
     colour = np.full((2, 2, 3), (255, 0, 0), np.uint8)
     np.testing.assert_array_equal(to_array(read_image(colour), 1), np.full((2, 2, 1), 76))
+
+
+def png(size=(8, 8)):
+    return encoded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)), "PNG")
+
+
+def damaged_picture(damage):
+    """The bytes of a file called .png that is damaged in one of the ways that were met."""
+    whole = png()
+    if damage == "bomb":  # claims 60,000 x 60,000 pixels
+        header = whole[12:16] + struct.pack(">II", 60_000, 60_000) + whole[24:29]
+        return whole[:12] + header + struct.pack(">I", zlib.crc32(header)) + whole[33:]
+    if damage == "chunk":  # the second chunk's name and length
+        return whole[:33] + b"\xff" * 8 + whole[41:]
+    if damage in ("AVIF", "DDS"):  # another format under this suffix
+        return encoded(Image.new("RGB", (16, 16)), damage)
+    return {"cut": whole[:20], "bits": whole[:50] + bytes(64), "zero": bytes(200)}[damage]
+
+
+DAMAGES = ("bomb", "chunk", "AVIF", "DDS", "cut", "bits", "zero")
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_every_damage_is_one_error_with_a_reason(damage, tmp_path):
+    """In preparation one skipped file, in the tools that need every image one line with its name."""
+    path = tmp_path / "images" / "a" / "x.png"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(damaged_picture(damage))
+    (path.parent / "0.png").write_bytes(png())
+    for given in (path.read_bytes(), path):
+        with pytest.raises(UnreadableImageError, match=r"\w"):
+            read_image(given)
+    for images in (open_images(path.parent), named_images(f"imagefolder:{tmp_path / 'images'}", 8, 3)):
+        with pytest.raises(UserError, match=r"x\.png .*\w") as caught:
+            list(images.batches(4))
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.faults
+def test_a_failing_system_is_no_damaged_picture(tmp_path, monkeypatch):
+    """Too many open files, a disk that is away: work stops and can go on, no image is left out for it."""
+    (tmp_path / "x.png").write_bytes(png())
+    monkeypatch.setattr("builtins.open", lambda *_: (_ for _ in ()).throw(OSError(errno.EMFILE, "Too many open files")))
+    with pytest.raises(RunError, match=r"x\.png cannot be read now \(Too many open files\)"):
+        read_image(tmp_path / "x.png")
+
+
+def test_a_strip_is_refused_before_it_is_enlarged():
+    with pytest.raises(UnreadableImageError, match="sides of 1 and 60000 pixels"):
+        centre_crop(Image.new("L", (1, 60_000)), 256)
 
 
 @pytest.mark.parametrize("damage", ["empty", "text", "cut", "float"])

@@ -1,9 +1,12 @@
+import os
+import zipfile
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from sra_jax.errors import UserError
-from sra_jax.evaluation.images import open_images
+from sra_jax.evaluation.images import open_images, read_npz
 
 
 def random_images(count=10, shape=(6, 5, 3)):
@@ -47,6 +50,9 @@ def test_npz_without_labels(tmp_path):
         ({"arr_0": random_images(), "arr_1": np.arange(9)}, "expected 10 integers"),
         ({"arr_0": random_images(), "arr_1": np.ones(10)}, "expected 10 integers"),
         ({"arr_0": np.array([None])}, "object values"),
+        ({"arr_0": random_images(0)}, "holds no image"),
+        ({"arr_0": random_images(3, (0, 5, 3))}, r"shape \(3, 0, 5, 3\); expected"),
+        ({"arr_0": random_images(3), "arr_1": np.arange(3), "class_names": np.array(["a", "b"])}, "names 2 classes"),
     ],
 )
 def test_bad_arrays(tmp_path, arrays, message):
@@ -98,7 +104,7 @@ def test_subfolders_are_classes(tmp_path):
 
 
 def test_bad_folders(tmp_path):
-    with pytest.raises(UserError, match=r"holds no \.png"):
+    with pytest.raises(UserError, match=r"holds no \.jpg"):
         open_images(tmp_path)
     Image.fromarray(random_images()[0]).save(tmp_path / "a.png")
     Image.fromarray(random_images(shape=(7, 5, 3))[0]).save(tmp_path / "b.png")
@@ -114,6 +120,39 @@ def test_bad_folders(tmp_path):
     Image.fromarray(random_images()[0]).save(tmp_path / "class" / "a.png")
     with pytest.raises(UserError, match="beside and inside subfolders"):
         open_images(tmp_path)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("shape", ["(10**12, 4, 4, 3)", "(999999999999, 4, 4, 3)", "(-10, 6, 5, 3)", "(11, 6, 5, 3)"])
+def test_an_npz_whose_header_lies_is_refused_before_its_images_are_read(tmp_path, shape):
+    header = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}".encode().ljust(117) + b"\n"
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        content = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + random_images().tobytes()
+        archive.writestr("arr_0.npy", content)
+    with pytest.raises(UserError, match=r"x\.npz cannot be read as npz"):
+        open_images(tmp_path / "x.npz")
+    with pytest.raises(UserError, match=r"x\.npz cannot be read as npz"):
+        read_npz(tmp_path / "x.npz", ["arr_0"])
+
+
+@pytest.mark.faults
+def test_pipes_folders_and_nameless_members(tmp_path):
+    os.mkfifo(tmp_path / "pipe.npz")
+    (tmp_path / "folder.npz").mkdir()
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        archive.writestr("arr_0", b"no suffix")
+    for name, message in (("pipe", "is no file"), ("folder", "holds no .jpg"), ("x", "cannot be read as npz")):
+        with pytest.raises(UserError, match=message):
+            open_images(tmp_path / f"{name}.npz")
+
+
+def test_a_set_in_memory_is_the_same(tmp_path):
+    np.savez(tmp_path / "x.npz", random_images(), np.arange(10))
+    image_set = open_images(tmp_path / "x.npz")
+    kept = image_set.in_memory()
+    (tmp_path / "x.npz").unlink()
+    np.testing.assert_array_equal(everything(kept, 4)[0], random_images())
+    assert (kept.shape, kept.name, len(kept.labels)) == (image_set.shape, "x", 10)
 
 
 def test_what_is_no_set_of_images(tmp_path):

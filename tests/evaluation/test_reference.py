@@ -6,8 +6,17 @@ import pytest
 from toy import toy_extractor, toy_images
 
 from sra_jax.errors import UserError
+from sra_jax.evaluation import evaluate
+from sra_jax.evaluation.frechet import frechet_distance
 from sra_jax.evaluation.images import open_images
-from sra_jax.evaluation.reference import load_reference, make_reference, save_reference, stored_metadata
+from sra_jax.evaluation.reference import (
+    load_reference,
+    make_reference,
+    parts_of,
+    save_reference,
+    stored_metadata,
+)
+from sra_jax.evaluation.statistics import gaussian_statistics
 
 
 def images_file(path, count=30, seed=0):
@@ -40,7 +49,7 @@ def test_saved_and_loaded(tmp_path):
     save_reference(reference, tmp_path / "new" / "statistics.npz")
     assert_equal(load_reference(tmp_path / "new" / "statistics.npz", extractor), reference)
     assert os.listdir(tmp_path / "new") == ["statistics.npz"]
-    assert stored_metadata(tmp_path / "new" / "statistics.npz")["extractor"] == "toy/1"
+    assert stored_metadata(tmp_path / "new" / "statistics.npz").extractor == "toy/1"
     with pytest.raises(UserError, match="exists and is not overwritten"):
         save_reference(reference, tmp_path / "new" / "statistics.npz")
     with pytest.raises(UserError, match=r"does not end with \.npz"):
@@ -77,6 +86,24 @@ def test_reference_file_of_adm(tmp_path):
         load_reference(tmp_path / "VIRTUAL.npz", toy_extractor())
 
 
+def test_mu_and_sigma_alone(tmp_path):
+    """A file of pytorch-fid or clean-fid: FID needs nothing else."""
+    extractor = toy_extractor(published=True)
+    np.savez_compressed(tmp_path / "x.npz", mu=np.zeros(12), sigma=np.eye(12))
+    assert parts_of(tmp_path / "x.npz", extractor) == {"pool"}
+    assert evaluate.default_metrics(extractor, labels=False, parts={"pool"}) == ("fid", "inception_score")
+    reference = load_reference(tmp_path / "x.npz", extractor)
+    assert (reference.name, reference.image_size, reference.count, reference.features) == ("x", None, None, None)
+    batches = iter([(toy_images(20), None)])
+    result = evaluate.measure(batches, reference, extractor, metrics=("fid",), progress=False)
+    expected = frechet_distance(
+        gaussian_statistics(np.asarray(extractor.apply(extractor.parameters, toy_images(20))["pool"])), reference.pool
+    )
+    assert result["fid"] == pytest.approx(expected, rel=1e-4)
+    save_reference(reference, tmp_path / "own.npz")
+    assert_equal(load_reference(tmp_path / "own.npz", extractor), reference)
+
+
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
@@ -100,6 +127,9 @@ def test_bad_sources(tmp_path):
     np.savez(tmp_path / "meta.npz", toy_images(3), meta=np.array("something"))
     with pytest.raises(UserError, match="meta entry that is not ours"):
         load_reference(tmp_path / "meta.npz", toy_extractor())
+    np.savez(tmp_path / "part.npz", meta=np.array('{"format": "sra_jax statistics 1", "name": "x"}'))
+    with pytest.raises(UserError, match="meta entry that is not ours"):
+        load_reference(tmp_path / "part.npz", toy_extractor())
     np.savez(tmp_path / "old.npz", meta=np.array('{"format": "sra_jax statistics 0"}'))
     with pytest.raises(UserError, match="of the format 'sra_jax statistics 0'"):
         load_reference(tmp_path / "old.npz", toy_extractor())
