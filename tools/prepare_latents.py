@@ -92,7 +92,7 @@ cli.whole_flag(
 )  # fmt: skip
 cli.whole_flag("process_index", None, "Which of the processes this is, from 0; by default found out.", 0, 99_999)
 cli.whole_flag("process_count", None, "Over how many processes the shards are split; by default found out.", 1, 100_000)
-flags.DEFINE_list(
+cli.paths_flag(
     "features", None,
     "Store an encoder's features beside the latents in --output: a folder of .npy files (tokens, channels), one an "
     "example in the source's order, or one .npy file (examples, tokens, channels); several encoders with commas.",
