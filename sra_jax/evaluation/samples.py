@@ -52,6 +52,7 @@ def open_reference(
         return dataset_images(data, labelled=labelled)
     if is_dataset(name):
         return named_images(name, data.image_size, data.channels, labelled=labelled, data_dir=data_dir)
+    stored_metadata(name)  # it is there
     return name
 
 

@@ -2,11 +2,13 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from configs import digits
 from sra_jax import files
-from sra_jax.errors import UserError
+from sra_jax.data import shards
+from sra_jax.errors import RunError, UserError
 from sra_jax.training.loop import train
 
 TINY = {
@@ -29,3 +31,56 @@ def test_a_workdir_is_one_run_s_at_a_time(tmp_path):
     train(recipe(), tmp_path)
     assert not (tmp_path / ".lock").exists()
     assert json.loads((tmp_path / "config.json").read_text())["steps"] == 4
+
+
+def latents(folder, vae, spoilt=None):
+    """16 prepared latents 4x4x4 of two classes; example number `spoilt` holds a NaN."""
+    rng = np.random.default_rng(0)
+    layout = shards.RecordLayout((4, 4, 4), "float32")
+    writer = shards.ShardWriter(folder, {}, layout, 2)
+    moments = np.abs(rng.normal(size=(16, 2, 4, 4, 4))).astype(np.float32)
+    if spoilt is not None:
+        moments[spoilt, 0, 1, 2, 3] = np.nan
+    for index in range(2):
+        writer.write(index, [(moments[i], i % 2) for i in range(8 * index, 8 * index + 8)], [])
+    writer.finish(
+        lambda made, skipped: shards.Manifest(
+            {}, "none", layout, 2, ("cat", "dog"), str(vae.folder), None, vae.config, made, skipped
+        )
+    )
+    return {"data.name": "latents", "data.path": str(folder), "data.image_size": 4, "data.channels": 4,
+            "data.num_classes": 2}  # fmt: skip
+
+
+@pytest.mark.faults
+def test_a_nan_in_the_training_set_is_named(tmp_path, tiny_vae):
+    changes = latents(tmp_path / "latents", tiny_vae, spoilt=11)
+    with pytest.raises(RunError, match=r"is nan at step 1, because .*00001-of-00002.arrayrecord, record 3 .example 11"):
+        train(recipe(**changes), tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "classes.json").read_text()) == ["cat", "dog"]
+
+    # the same run on a set whose classes have changed places
+    manifest = json.loads((tmp_path / "latents" / "manifest.json").read_text())
+    (tmp_path / "latents" / "manifest.json").write_text(json.dumps(manifest | {"class_names": ["dog", "cat"]}))
+    with pytest.raises(UserError, match=r"label 0 is cat for this run, and dog in the training set"):
+        train(recipe(**changes), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"evaluation.every": 2, "evaluation.reference": "absent.npz"}, "absent.npz does not exist"),
+        (
+            {"evaluation.every": 2, "evaluation.reference": "sklearn:photos", "evaluation.weights": "absent.pth"},
+            "Inception weights absent.pth do not exist",
+        ),
+        ({"sample_every": 2, "data.vae": "absent"}, "no VAE at 'absent'"),
+    ],
+)
+def test_what_is_missing_is_found_before_the_step_is_compiled(tmp_path, tiny_vae, monkeypatch, changes, message):
+    def compile(*_):
+        raise AssertionError("compiled")
+
+    monkeypatch.setattr("sra_jax.training.loop.abstract_batch", compile)
+    with pytest.raises(UserError, match=message):
+        train(recipe(**latents(tmp_path / "latents", tiny_vae), **changes), tmp_path / "run")
