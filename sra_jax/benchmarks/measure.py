@@ -236,9 +236,8 @@ def methods(
         compiled = side.call("flops", "method") / side.call("flops", "baseline")
         for variant in ("method", "baseline"):
             side.call("prepare", variant)
-        figures = alternate(
-            {v: lambda v=v, side=side: side.call("step", v) for v in ("method", "baseline")}, repeats, say
-        )
+        steps = {v: functools.partial(side.call, "step", v) for v in ("method", "baseline")}
+        figures = alternate(steps, repeats, say)
         side.close()
         rows[name] = {
             "flops_ratio": analytic / plain, "compiled_flops_ratio": compiled,

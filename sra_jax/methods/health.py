@@ -106,11 +106,11 @@ class Watch:
 
     def _remember(self, method: Method, record: Mapping[str, float]) -> tuple[int, float, float] | None:
         """Keep norm and loss of a record; return those of a window before, where there are any."""
-        keys = [method.log.get(key, f"{method.name}/{key}") for key in ("student_norm", "loss")]
-        if any(key not in record for key in keys) or record["step"] < WINDOW:
+        norm, loss = (method.log.get(key, f"{method.name}/{key}") for key in ("student_norm", "loss"))
+        if norm not in record or loss not in record or record["step"] < WINDOW:
             return None
         kept = self._growing[method.name]
-        kept.append((int(record["step"]), *(record[key] for key in keys)))
+        kept.append((int(record["step"]), record[norm], record[loss]))
         while len(kept) > 1 and kept[1][0] <= kept[-1][0] - WINDOW:
             kept.pop(0)
         return kept[0] if kept[0][0] <= kept[-1][0] - WINDOW else None

@@ -369,7 +369,7 @@ class Transformer(nnx.Module):
             raise ValueError(f"t {t.shape}: times (B,G) need the group of each token, times (B,) take none")
         tokens = self.placement.rows(self.embed(x))
         order = back = None
-        if separate and sizes is not None:
+        if separate and sizes is not None and groups is not None:
             order = jnp.argsort(groups, axis=1, stable=True)
             back = jnp.argsort(order, axis=1)
             tokens = reordered(tokens, order, back)
