@@ -44,7 +44,7 @@ from sra_jax.data.dataset import Dataset
 from sra_jax.errors import UserError
 from sra_jax.inspection import plots
 from sra_jax.inspection.probe import Schedule, probe
-from sra_jax.inspection.tokens import FeatureSet, Settings, extract_to_disk, parse_blocks, parse_levels
+from sra_jax.inspection.tokens import FeatureSet, Settings, check_condition, extract_to_disk, parse_blocks, parse_levels
 from sra_jax.runs.trained import TrainedModel
 
 FLAGS = flags.FLAGS
@@ -90,6 +90,8 @@ def main() -> None:
         parse_blocks(FLAGS.blocks, min(depths)), parse_levels(FLAGS.levels), FLAGS.condition, FLAGS.seed
     )
     settings.check(min(depths))
+    for model in models:
+        check_condition(settings.condition, model)
     with files.locked_output(output / FILES[0], "choose another --output"):
         probe_all(output, names, models, settings)
 

@@ -35,7 +35,7 @@ from sra_jax.distributed import sharding
 from sra_jax.errors import UserError
 from sra_jax.inspection import plots
 from sra_jax.inspection.principal_components import token_colours
-from sra_jax.inspection.tokens import Settings, make_extractor, parse_blocks, parse_levels
+from sra_jax.inspection.tokens import Settings, check_condition, make_extractor, parse_blocks, parse_levels
 from sra_jax.runs.trained import TrainedModel
 
 FLAGS = flags.FLAGS
@@ -66,6 +66,8 @@ def main() -> None:
     depth = min(model.config.model.depth for model in models)
     settings = Settings(parse_blocks(FLAGS.blocks, depth), parse_levels(FLAGS.levels), FLAGS.condition, FLAGS.seed)
     settings.check(depth)
+    for model in models:
+        check_condition(settings.condition, model)
     with files.locked_output(output, "choose another --output"):
         draw(output, names, models, settings)
 

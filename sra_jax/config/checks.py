@@ -119,6 +119,11 @@ def _check_model(config: ConfigDict) -> None:
             f"data.image_size={data.image_size} is not divisible by model.patch={model.patch}; use a patch that "
             f"divides it: {', '.join(str(p) for p in (1, 2, 4, 8) if data.image_size % p == 0)}"
         )
+    if config.label_dropout and not model.null_label:
+        raise UserError(
+            f"label_dropout={config.label_dropout} replaces labels by the null label, which model.null_label=False "
+            "leaves out: set one of label_dropout=0 and model.null_label=True"
+        )
     if model.width % model.heads or model.width % 4:
         raise UserError(
             f"model.width={model.width} must be divisible by model.heads={model.heads} and, for the position table, "
@@ -140,6 +145,11 @@ def _check_sampling(config: ConfigDict, process: Process) -> None:
         raise UserError(
             f"sampling.sampler={sampling.sampler!r} belongs to process.name={sampler.process!r}; with "
             f"{config.process.name!r} use one of {', '.join(fitting)}"
+        )
+    if sampling.guidance_scale > 1 and not config.model.null_label:
+        raise UserError(
+            f"sampling.guidance_scale={sampling.guidance_scale} needs a null label, and this model has none "
+            "(model.null_label=False): sample with guidance_scale=1"
         )
     if sampling.guidance_scale > 1 and not config.label_dropout:
         raise UserError(

@@ -62,7 +62,7 @@ def transformer_of(config: ConfigDict) -> TransformerConfig:
         input_size=data.image_size, channels=data.channels, num_classes=data.num_classes,
         output_channels=process_of(config).output_channels(data.channels), patch=model.patch, depth=model.depth,
         width=model.width, heads=model.heads, mlp_ratio=model.mlp_ratio, dtype=DTYPES[config.dtype],
-        remat=model.remat,
+        remat=model.remat, null_label=model.null_label,
     )  # fmt: skip
 
 

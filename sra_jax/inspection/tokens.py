@@ -24,7 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sra_jax import config as config_lib
-from sra_jax import files
+from sra_jax import files, values
 from sra_jax.data.dataset import Dataset, ExampleSource
 from sra_jax.diffusion.process import Process
 from sra_jax.distributed import sharding
@@ -71,6 +71,15 @@ class Settings:
             raise UserError(f"--condition={self.condition!r} is unknown; allowed: {', '.join(CONDITIONS)}")
 
 
+def check_condition(condition: str, model: TrainedModel) -> None:
+    """Raises `UserError` where a model would be shown a null label that it has not, or was never trained with."""
+    if condition == "null" and not model.config.label_dropout:
+        raise UserError(
+            "--condition=null shows the network the null label, which this run was never trained with "
+            "(label_dropout=0): give --condition=true"
+        )
+
+
 def parse_blocks(given: Sequence[str], depth: int) -> tuple[int, ...]:
     """The --blocks flag: block numbers, or `all` of the network's.
 
@@ -80,8 +89,8 @@ def parse_blocks(given: Sequence[str], depth: int) -> tuple[int, ...]:
     if list(given) == ["all"]:
         return tuple(range(1, depth + 1))
     try:
-        return tuple(int(block) for block in given)
-    except ValueError as error:
+        return tuple(values.whole("--blocks", block) for block in given)
+    except UserError as error:
         raise UserError(f"--blocks={','.join(given)}: give block numbers such as 4,8,12, or all") from error
 
 
@@ -92,8 +101,8 @@ def parse_levels(given: Sequence[str]) -> tuple[float, ...]:
       UserError: something else.
     """
     try:
-        return tuple(float(level) for level in given)
-    except ValueError as error:
+        return tuple(values.number("--levels", level) for level in given)
+    except UserError as error:
         raise UserError(f"--levels={','.join(given)}: give numbers between 0 (data) and 1 (noise)") from error
 
 

@@ -153,7 +153,7 @@ def expected_shapes(network: TransformerConfig, head: bool) -> dict[str, tuple[i
     add("x_embedder.proj", (width, network.channels, network.patch, network.patch))
     for name in ("t_embedder.mlp.0", "t_embedder.mlp.2"):
         add(name, linears[name])
-    shapes[LABEL_TABLE[0]] = (network.num_classes + 1, width)
+    shapes[LABEL_TABLE[0]] = (network.label_rows, width)
     for i in range(network.depth):
         for name in BLOCK_LINEARS:
             add(f"blocks.{i}.{name}", linears[name])

@@ -52,7 +52,7 @@ class TransformerConfig:
       input_size: height and width of the latents.
       channels: channels of the latents.
       output_channels: channels of the prediction.
-      num_classes: classes; the label table has one more row, the null label `num_classes`.
+      num_classes: classes.
       patch: side of a patch; divides `input_size`.
       depth: number of blocks.
       width: channels of a token; divisible by 4 (the position table) and by `heads`.
@@ -60,6 +60,7 @@ class TransformerConfig:
       mlp_ratio: hidden width of a block's MLP over `width`.
       dtype: type of the matrix products; parameters, norms, softmax and the residual stream are float32.
       remat: what the backward pass recomputes, a key of `sra_jax.models.stack.REMAT_POLICIES`.
+      null_label: whether the label table has one more row, for the null label `num_classes`; guidance needs it.
     """
 
     input_size: int
@@ -73,6 +74,12 @@ class TransformerConfig:
     mlp_ratio: float = 4.0
     dtype: Any = jnp.float32
     remat: str = "none"
+    null_label: bool = True
+
+    @property
+    def label_rows(self) -> int:
+        """Rows of the label table."""
+        return self.num_classes + self.null_label
 
     @property
     def tokens(self) -> int:
@@ -322,7 +329,7 @@ class Transformer(nnx.Module):
         self.patch_embedding = linear(config, config.patch**2 * config.channels, config.width, rngs)
         self.time_embedding = TimeEmbedding(config, rngs=rngs)
         self.label_embedding = nnx.Embed(
-            config.num_classes + 1, config.width, embedding_init=small_normal, rngs=rngs
+            config.label_rows, config.width, embedding_init=small_normal, rngs=rngs
         )
         self.blocks = stack_modules(lambda r: Block(config, rngs=r, placement=placement), config.depth, rngs.params())
         self.final = FinalLayer(config, rngs=rngs)
@@ -349,7 +356,7 @@ class Transformer(nnx.Module):
         Args:
           x: latents (B,H,W,C).
           t: times (B,), or (B,G) where an example's tokens have times in groups; fed to the sinusoids unscaled.
-          y: labels (B,) int in [0, num_classes]; `num_classes` is the null label.
+          y: labels (B,) int in [0, num_classes); or `num_classes`, the null label, where there is one.
           groups: with t (B,G): the group of each token, (B,N) int in 0..G-1, tokens row-major.
           separate: with groups: a token attends to the tokens of its own group only (attention separation).
           sizes: with separate: how many tokens each group has, where that is the same in every example. Attention then

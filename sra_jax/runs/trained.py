@@ -20,7 +20,7 @@ class TrainedModel:
       workdir: the run's folder.
       step: which checkpoint; None takes the newest.
       weights: "ema" or "params".
-      sampling: values that replace those of the config's `sampling` section.
+      sampling: values that replace those of the config's `sampling` section; None for who does not sample.
 
     Attributes:
       config: the run's config with the replaced values.
@@ -42,7 +42,8 @@ class TrainedModel:
         self.config = config_lib.read(workdir / CONFIG)
         with self.config.unlocked():
             with self.config.sampling.ignore_type():  # DDPM's steps are a number or a list of sections
-                self.config.sampling.update(sampling or {})
+                # Who does not sample does not guide: a run whose null label was never trained can be looked into.
+                self.config.sampling.update({"guidance_scale": 1.0} if sampling is None else sampling)
             self.config.mesh.update(data=-1, fsdp=1, model=1)  # the run's own mesh may have been a pod
             self.config.accumulation = 1
             self.config.batch_size *= jax.device_count()  # these devices can share it, and the method is content
