@@ -52,8 +52,16 @@ cli.path_flag("checkpoint", None, "File to bring in: .pt or .safetensors.")
 cli.path_flag("workdir", None, "The run's folder: written with --checkpoint, read with --export.", required=True)
 flags.DEFINE_enum("family", "auto", ["auto", *families.FAMILIES], "What the file holds.")
 cli.whole_flag("heads", None, "Attention heads, for widths and depths other than S, B, L, XL.", 1, 1024)
+cli.whole_flag(
+    "num_classes", None, "Classes, where the file does not tell whether its last label is the null label.", 1, 10**6
+)
 flags.DEFINE_bool("fresh_optimizer", False, "Leave the file's optimizer state out.")
 flags.DEFINE_enum("export", None, ["ema", "params", "both"], "Write these weights of the workdir to --output.")
+flags.DEFINE_enum(
+    "export_for", None, conversion.PURPOSES,
+    "training: with the projection head, as the authors' training code loads it; sampling: the network alone. By "
+    "default all that was trained.",
+)  # fmt: skip
 cli.path_flag("output", None, "File that --export writes: .pt or .safetensors.")
 cli.whole_flag("step", None, "Checkpoint that --export reads; by default the newest.", 0, values.COUNT_LIMIT)
 flags.DEFINE_bool("overwrite", False, "Replace --output where it exists.")
@@ -76,9 +84,10 @@ def export() -> None:
     if not FLAGS.output:
         raise UserError("--export needs --output=FILE.pt or --output=FILE.safetensors")
     output = files.check_output("--output", FLAGS.output, FLAGS.overwrite)
-    step, head = conversion.export_checkpoint(pathlib.Path(FLAGS.workdir), FLAGS.step, FLAGS.export, output)
-    without = "" if head else "; no ap_head: this run trained none, so it fits DiT's and SiT's own classes, not SRA's"
-    print(f"{output}: {FLAGS.export} of step {step}{without}")
+    step, loaded_by = conversion.export_checkpoint(
+        pathlib.Path(FLAGS.workdir), FLAGS.step, FLAGS.export, output, FLAGS.export_for
+    )
+    print(f"{output}: {FLAGS.export} of step {step}, {loaded_by}")
 
 
 def bring_in() -> None:
@@ -86,17 +95,22 @@ def bring_in() -> None:
     file = open_tensor_file(pathlib.Path(FLAGS.checkpoint))
     given = config_lib.from_flag(CONFIG.value) if CONFIG.value is not None else None
     heads = FLAGS.heads or (given.model.heads if given is not None else None)
-    contents = families.describe(file, FLAGS.family, heads, common.SIZES)
+    classes = FLAGS.num_classes or (given.data.num_classes if given is not None else None)
+    contents = families.describe(file, FLAGS.family, heads, common.SIZES, classes)
     families.check_positions(file, contents.network)
-    config = recipe(contents, file) if given is None else given
+    config, lost = recipe(contents, file) if given is None else (given, [])
     workdir = pathlib.Path(FLAGS.workdir)
     optimizer = conversion.import_checkpoint(file, contents, config, workdir, FLAGS.fresh_optimizer)
     network = contents.network
+    null = "and a null label" if network.null_label else "and no null label"
     print(
         f"{file.path}: {contents.family} ({contents.reason}), {network.depth} blocks, width {network.width}, "
         f"{network.heads} heads, patch {network.patch}, latents {network.input_size}x{network.input_size}x"
-        f"{network.channels}, {network.num_classes} classes, {'with' if contents.head else 'without'} SRA's head"
+        f"{network.channels}, {network.num_classes} classes {null} ({contents.classes}), "
+        f"{'with' if contents.head else 'without'} SRA's head"
     )
+    for line in lost:
+        print(f"left out: {line}")
     if contents.dropped:
         print(f"left out: {len(contents.dropped)} tensors of training only, such as {contents.dropped[0]}")
     for name, other in (("params", "ema"), ("ema", "params")):
@@ -106,8 +120,11 @@ def bring_in() -> None:
     print(f"{workdir}: recipe {config.name}, checkpoint of step {file.step}")
 
 
-def recipe(contents: families.Contents, file: TensorFile) -> ConfigDict:
-    """The paper's recipe for the size, or the nearest one with the size put in; what the file says of its training."""
+def recipe(contents: families.Contents, file: TensorFile) -> tuple[ConfigDict, list[str]]:
+    """The paper's recipe for the size, or the nearest one with the size put in; what the file says of its training.
+
+    With a line for each of the file's settings that has no like here.
+    """
     network = contents.network
     family = "dit" if contents.family == "dit" else "sit"
     depth, width = network.depth, network.width
@@ -126,11 +143,12 @@ def recipe(contents: families.Contents, file: TensorFile) -> ConfigDict:
         if not known:  # the paper's blocks are at about a quarter and two thirds of the depth
             config.alignment.update(student_block=max(1, depth // 4), teacher_block=max(1, depth * 2 // 3))
         config.alignment.enabled = contents.head
+        if not network.null_label:
+            config.model.null_label, config.label_dropout, config.sampling.guidance_scale = False, 0.0, 1.0
         leaves = dict(config_lib.flatten(config))
-        config.update_from_flattened_dict(
-            {key: value for key, value in families.arguments_to_config(file.arguments).items() if key in leaves}
-        )
-    return config.lock()
+        told, lost = families.arguments_to_config(file.arguments)
+        config.update_from_flattened_dict({key: value for key, value in told.items() if key in leaves})
+    return config.lock(), lost
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def default() -> ConfigDict:
                 "width": 768,  # of a token; divisible by heads and by 4
                 "heads": 12,  # of attention
                 "mlp_ratio": 4.0,  # width of the MLP over the width of a token
-                "null_label": True,  # a row of the label table for it; False, as DiT without label dropout: never guided
+                "null_label": True,  # a row of the label table for it; False, as DiT without label dropout: no guidance
                 "remat": "none",  # what the backward pass recomputes, from least to most: none, dots, block, full
             },
             "process": {

@@ -28,6 +28,13 @@ DROPPED = ("projectors.",)
 POSITION_TOLERANCE = 1e-2
 """The table is a constant; averaging it with itself in float32 for 10^5 steps moves an EMA's copy by up to 1e-3."""
 
+ORIGINAL_PATHS = {"Linear": "linear", "GVP": "cosine"}
+"""What the original SiT calls the paths; SRA and REPA write them as this project does."""
+
+OTHER_PATHS = ("VP",)
+DIFFUSERS = "transformer_blocks."
+"""How names of diffusers' transformers begin."""
+
 NAMED = 5
 
 
@@ -41,6 +48,7 @@ class Contents:
       network: the network's shape as it is in the file.
       head: whether the projection head of SRA is there.
       dropped: names of tensors that are left out.
+      classes: how the number of classes was found.
     """
 
     family: str
@@ -48,9 +56,13 @@ class Contents:
     network: TransformerConfig
     head: bool
     dropped: tuple[str, ...]
+    classes: str
 
 
-def describe(file: TensorFile, family: str, heads: int | None, sizes: Mapping[str, Mapping[str, int]]) -> Contents:
+def describe(
+    file: TensorFile, family: str, heads: int | None, sizes: Mapping[str, Mapping[str, int]],
+    num_classes: int | None = None,
+) -> Contents:
     """Read off the shapes what a file holds, and check that every tensor is there.
 
     Args:
@@ -58,6 +70,7 @@ def describe(file: TensorFile, family: str, heads: int | None, sizes: Mapping[st
       family: one of `FAMILIES`, or "auto".
       heads: attention heads, which no tensor tells; None looks depth and width up in `sizes`.
       sizes: name -> depth, width and heads of the known sizes.
+      num_classes: which tells whether the last row of the label table is the null label; None finds it out.
 
     Raises:
       UserError: a missing, extra or misshapen tensor, by name; a family that does not fit or cannot be told; a size
@@ -65,7 +78,8 @@ def describe(file: TensorFile, family: str, heads: int | None, sizes: Mapping[st
     """
     dropped = tuple(name for name in file.shapes if name.startswith(DROPPED))
     shapes = {name: shape for name, shape in file.shapes.items() if name not in dropped}
-    network = _network(file, shapes)
+    network, classes = _network(file, shapes, num_classes)
+    _check_prediction(file)
     family, reason = _family(file, shapes, network, family)
     head = has_head(shapes)
     _compare(file, shapes, expected_shapes(network, head))
@@ -80,11 +94,16 @@ def describe(file: TensorFile, family: str, heads: int | None, sizes: Mapping[st
         heads = known[0]
     if heads < 1 or width % heads:
         raise UserError(f"--heads={heads} does not divide the width {width} of {file.path}")
-    return Contents(family, reason, dataclasses.replace(network, heads=heads), head, dropped)
+    return Contents(family, reason, dataclasses.replace(network, heads=heads), head, dropped, classes)
 
 
-def _network(file: TensorFile, shapes: Shapes) -> TransformerConfig:
-    """The shape that the tensors speak of, with one head."""
+def _network(file: TensorFile, shapes: Shapes, asked_classes: int | None) -> tuple[TransformerConfig, str]:
+    """The shape that the tensors speak of, with one head; how the number of classes was found."""
+    if foreign := next((name for name in shapes if name.startswith(DIFFUSERS)), None):
+        raise UserError(
+            f"{file.path} has the names of a transformer of diffusers ({foreign}), which counts time by other "
+            "frequencies than DiT and SiT: give the authors' own file, such as DiT-XL-2-256x256.pt"
+        )
 
     def shape(name: str, axes: int) -> tuple[int, ...]:
         if name not in shapes:
@@ -102,12 +121,48 @@ def _network(file: TensorFile, shapes: Shapes) -> TransformerConfig:
         raise UserError(f"{file.path}: tensor {POSITION_TABLE} has {tokens} tokens, not a square number")
     numbers = [name.split(".")[1] for name in shapes if name.startswith("blocks.")]
     outputs = shape("final_layer.linear.weight", 2)[0]
-    return TransformerConfig(
+    classes, null_label, reason = _classes(file, shape(LABEL_TABLE[0], 2)[0], asked_classes)
+    network = TransformerConfig(
         input_size=grid * patch, channels=channels, output_channels=outputs // patch**2,
-        num_classes=shape(LABEL_TABLE[0], 2)[0] - 1, patch=patch,
+        num_classes=classes, null_label=null_label, patch=patch,
         depth=1 + max((int(number) for number in numbers if number.isdigit()), default=0), width=width, heads=1,
         mlp_ratio=shape("blocks.0.mlp.fc1.weight", 2)[0] / width,
     )  # fmt: skip
+    return network, reason
+
+
+def _classes(file: TensorFile, rows: int, asked: int | None) -> tuple[int, bool, str]:
+    """(classes, whether there is a null label, how that was found) of a label table of so many rows.
+
+    DiT and SiT leave the null label out of a model that is trained without label dropout; the table does not tell.
+    """
+    told = file.arguments.get("num_classes")
+    for count, source in ((asked, "as asked"), (told, "its arguments")):
+        if isinstance(count, int) and count > 0 and rows in (count, count + 1):
+            return count, rows > count, source
+        if count is not None and source == "as asked":
+            raise UserError(
+                f"{file.path}: its label table of {rows} rows is not that of {count} classes, as asked, but of "
+                f"{rows - 1} classes and a null label, or of {rows} and none"
+            )
+    if rows % 10 == 0 or rows == 1:
+        return rows, False, f"a round number of rows: --num_classes={rows - 1} if the last one is the null label"
+    return rows - 1, True, "the last row of the table is the null label"
+
+
+def _check_prediction(file: TensorFile) -> None:
+    """Raises `UserError` where the arguments say that the network predicts what ours does not, or on another path."""
+    prediction, path = file.arguments.get("prediction"), file.arguments.get("path_type")
+    if isinstance(prediction, str) and prediction not in ("v", "velocity"):
+        raise UserError(
+            f"{file.path} was trained to predict the {prediction} (its argument prediction); SiT's here predict the "
+            "velocity, and weights for one are none for the other"
+        )
+    if path in OTHER_PATHS:
+        raise UserError(
+            f"{file.path} was trained on the path {path} (its argument path_type); allowed: "
+            f"{', '.join(ORIGINAL_PATHS)} of the original SiT, linear and cosine of SRA and REPA"
+        )
 
 
 def _family(file: TensorFile, shapes: Shapes, network: TransformerConfig, asked: str) -> tuple[str, str]:
@@ -116,6 +171,12 @@ def _family(file: TensorFile, shapes: Shapes, network: TransformerConfig, asked:
         raise UserError(
             f"{file.path}: tensor final_layer.linear.weight makes {outputs} output channels for {channels} latent "
             f"channels; SiT has {channels}, DiT and the original SiT have {2 * channels}"
+        )
+    original = file.arguments.get("path_type") in (*ORIGINAL_PATHS, *OTHER_PATHS)
+    if original and asked in ("sit", "dit"):
+        raise UserError(
+            f"--family={asked} does not fit {file.path}: its argument path_type={file.arguments['path_type']} is of "
+            "the original SiT, --family=sit_original"
         )
     if asked != "auto":
         fitting = {"sit": (channels,), "dit": (2 * channels,), "sit_original": (channels, 2 * channels)}[asked]
@@ -126,6 +187,8 @@ def _family(file: TensorFile, shapes: Shapes, network: TransformerConfig, asked:
                 f"{channels}, as in {others}"
             )
         return asked, "as asked"
+    if original:
+        return "sit_original", f"its argument path_type={file.arguments['path_type']}"
     if outputs == channels:
         return "sit", f"{outputs} output channels"
     if has_head(shapes):
@@ -203,12 +266,16 @@ def from_original_sit(name: str, tensor: np.ndarray, network: TransformerConfig)
     return tensor
 
 
-def arguments_to_config(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Config values, by dotted key, of the command line that the SRA authors' code saves with its checkpoints.
+def arguments_to_config(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Config values, by dotted key, of the command line that the authors of SRA and SiT save with their checkpoints.
 
     Arguments that are absent or of another kind are left to the recipe.
+
+    Returns:
+      The values, and a line for each setting that has no like here.
     """
     values: dict[str, Any] = {}
+    lost: list[str] = []
 
     def take(argument: str, key: str, kind: type) -> None:
         value = arguments.get(argument)
@@ -227,7 +294,20 @@ def arguments_to_config(arguments: Mapping[str, Any]) -> dict[str, Any]:
     take("t_max", "alignment.interval", float)
     if "alignment.interval" in values:
         values["alignment.interval"] = (0.0, values["alignment.interval"])
-    if arguments.get("loss_type") == "cos":  # over tokens, not features, in their code; of constant weight
+    if (path := values.get("process.path")) is not None:
+        values["process.path"] = ORIGINAL_PATHS.get(path, path)
+    if arguments.get("weighting") == "lognormal":
+        if values.get("process.path", "linear") == "linear":
+            values["process.time_distribution"] = "logit_normal"
+        else:
+            lost.append(
+                "its times were drawn with weighting=lognormal, which on the cosine path is none of "
+                "process.time_distribution: uniform is kept"
+            )
+    loss = arguments.get("loss_type")
+    if loss in ("l1", "l2"):
+        values["alignment.distance"] = loss
+    elif loss == "cos":  # over tokens, not features, in their code; of constant weight
         values |= {"alignment.distance": "cosine_tokens", "alignment.weight": 0.5,
                    "alignment.weight_schedule": "constant"}  # fmt: skip
-    return values
+    return values, lost

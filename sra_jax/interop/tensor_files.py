@@ -10,18 +10,28 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from sra_jax import values
 from sra_jax.errors import UserError
 
 GROUPS = ("params", "ema", "mu", "nu")
-WRAPPERS = ("module.", "_orig_mod.")
-"""What DistributedDataParallel and torch.compile put in front of names."""
+WRAPPERS = ("module.", "_orig_mod.", "model.", "net.", "online_model.", "diffusion_model.")
+"""What DistributedDataParallel, torch.compile and training frameworks put in front of names, in any order."""
+
+EMA_WRAPPERS = ("ema_model.", "ema.", "model_ema.")
+"""The same, in front of those of an EMA that lies beside the model."""
+
+PLACES = {"params": ("model", "state_dict", "model_state_dict"), "ema": ("ema", "ema_model", "model_ema")}
+"""Where training codes put a state dict."""
+
+STEPS = ("steps", "step", "global_step", "train_steps")
+"""What they call the number of updates."""
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -66,10 +76,43 @@ def open_tensor_file(path: Path) -> TensorFile:
     raise UserError(f"{path} has an unknown suffix {path.suffix!r}; allowed: .pt, .pth, .ckpt, .bin, .safetensors")
 
 
-def _plain(name: str) -> str:
-    for wrapper in WRAPPERS:
+def _plain(name: str) -> tuple[str, str]:
+    """(group, name without wrappers): `ema_model.module.pos_embed` is `pos_embed` of the EMA."""
+    group = "params"
+    while wrapper := next((w for w in (*WRAPPERS, *EMA_WRAPPERS) if name.startswith(w)), None):
+        group = "ema" if wrapper in EMA_WRAPPERS else group
         name = name.removeprefix(wrapper)
-    return name
+    return group, name
+
+
+def _grouped(path: Path, names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Group -> plain name -> name in the file.
+
+    Raises:
+      UserError: two names that differ in their wrappers only.
+    """
+    groups: dict[str, dict[str, str]] = {}
+    for name in names:
+        group, plain = _plain(name)
+        other = groups.setdefault(group, {}).setdefault(plain, name)
+        if other != name:
+            raise UserError(f"{path} holds {plain} twice, as {other} and as {name}: save the one that is meant alone")
+    return groups
+
+
+def _same_shapes(path: Path, shapes: Mapping[str, Shapes]) -> Shapes:
+    """The shapes that all groups of a file share.
+
+    Raises:
+      UserError: two groups of different models.
+    """
+    first, *others = sorted(shapes, key=GROUPS.index)
+    for group in others:
+        if shapes[group] != shapes[first]:
+            names = {**shapes[group], **shapes[first]}
+            wrong = [name for name in names if shapes[group].get(name) != shapes[first].get(name)]
+            raise UserError(f"{path}: its {first} and its {group} differ in {', '.join(wrong[:5])}")
+    return shapes[first]
 
 
 def _float32(path: Path, name: str, array: np.ndarray) -> np.ndarray:
@@ -79,26 +122,30 @@ def _float32(path: Path, name: str, array: np.ndarray) -> np.ndarray:
 
 
 class Safetensors:
-    """A bare state dict."""
+    """A bare state dict, or that of a model and its EMA under names that tell."""
 
     def __init__(self, path: Path):
         self.path = path
-        self.groups: tuple[str, ...] = ("params",)
         self.arguments: Mapping[str, Any] = {}
         self.step = self.moment_step = 0
         try:
             with safe_open(path, "np") as file:
-                self._names = {_plain(name): name for name in file.keys()}  # noqa: SIM118 (not a dict)
-                self.shapes: Shapes = {
-                    plain: tuple(file.get_slice(name).get_shape()) for plain, name in self._names.items()
+                self._names = _grouped(path, file.keys())
+                shapes = {
+                    group: {plain: tuple(file.get_slice(name).get_shape()) for plain, name in names.items()}
+                    for group, names in self._names.items()
                 }
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} is not a whole safetensors file ({error}); fetch or convert it again") from error
+        if not shapes:
+            raise UserError(f"{path} holds no tensors")
+        self.groups = tuple(group for group in GROUPS if group in shapes)
+        self.shapes = _same_shapes(path, shapes)
 
     def read(self, group: str, names: Sequence[str]) -> list[np.ndarray]:
         """As in `TensorFile`."""
         with safe_open(self.path, "np") as file:
-            return [_float32(self.path, name, file.get_tensor(self._names[name])) for name in names]
+            return [_float32(self.path, name, file.get_tensor(self._names[group][name])) for name in names]
 
 
 class Torch:
@@ -109,48 +156,47 @@ class Torch:
         content = self._load()
         if not isinstance(content, Mapping):
             raise UserError(f"{path} holds a {type(content).__name__}, not a state dict; it is not a checkpoint")
-        self._paths: dict[str, tuple[Any, ...]] = {}
+        self._tensors: dict[str, dict[str, tuple[Any, ...]]] = {}  # group -> plain name -> the way to the tensor
         if _is_state_dict(content):
-            self._paths["params"] = ()
+            self._take((), content)
         else:
-            for group, keys in (("params", ("model", "state_dict")), ("ema", ("ema",))):
-                for key in keys:
-                    if _is_state_dict(content.get(key)):
-                        self._paths[group] = (key,)
-                        break
-        if not self._paths:
+            for group, keys in PLACES.items():
+                if key := next((key for key in keys if _is_state_dict(content.get(key))), None):
+                    self._take((key,), content[key], group)
+        if not self._tensors:
             raise UserError(
                 f"{path} holds neither a state dict nor one under model or ema, but {_summary(content)}; it is not a "
                 "checkpoint of a diffusion transformer"
             )
-        weights = _walk(content, next(iter(self._paths.values())))
-        self._names = {_plain(name): name for name in weights}
-        self.shapes: Shapes = {plain: tuple(weights[name].shape) for plain, name in self._names.items()}
-        for group, place in self._paths.items():
-            other = {_plain(name): tuple(tensor.shape) for name, tensor in _walk(content, place).items()}
-            if other != self.shapes:
-                names = [n for n in {**other, **self.shapes} if other.get(n) != self.shapes.get(n)]
-                raise UserError(f"{path}: its model and its {group} differ in {', '.join(names[:5])}")
-        self.arguments = _arguments(content.get("args"))
+        self.shapes = _same_shapes(path, {
+            group: {name: tuple(_walk(content, place).shape) for name, place in self._tensors[group].items()}
+            for group in GROUPS if group in self._tensors
+        })  # fmt: skip
+        self.arguments = _arguments(content)
         self._index: dict[str, int] = {}
         self.moment_step = 0
-        if "params" in self._paths and isinstance(content.get("opt"), Mapping):
+        if "params" in self._tensors and isinstance(content.get("opt"), Mapping):
             self._find_moments(content["opt"])
-        steps = content.get("steps", content.get("step"))
-        self.step = steps if isinstance(steps, int) else self.moment_step
+        self.step = _step(content, self.moment_step)
+
+    def _take(self, place: tuple[Any, ...], tensors: Mapping[str, Any], asked: str | None = None) -> None:
+        """Note where the tensors of a state dict are; one that lies where an EMA belongs is one, whatever its names."""
+        groups = _grouped(self.path, tensors)
+        if asked == "ema":
+            groups = {"ema": groups.get("ema") or groups["params"]}
+        for group, names in groups.items():
+            self._tensors.setdefault(group, {}).update({plain: (*place, name) for plain, name in names.items()})
 
     @property
     def groups(self) -> tuple[str, ...]:
         """Those of `GROUPS` that the file holds."""
-        return tuple(self._paths) + (("mu", "nu") if self._index else ())
+        return tuple(group for group in GROUPS if group in self._tensors) + (("mu", "nu") if self._index else ())
 
     def read(self, group: str, names: Sequence[str]) -> list[np.ndarray]:
         """As in `TensorFile`."""
         content = self._load()
-        if group in self._paths:
-            tensors = _walk(content, self._paths[group])
-            keys = {_plain(name): name for name in tensors}
-            found = [tensors[keys[name]] for name in names]
+        if group in self._tensors:
+            found = [_walk(content, self._tensors[group][name]) for name in names]
         else:
             moment = {"mu": "exp_avg", "nu": "exp_avg_sq"}[group]
             found = [content["opt"]["state"][self._index[name]][moment] for name in names]
@@ -240,10 +286,28 @@ def _walk(content: Any, place: Sequence[Any]) -> Any:
     return content
 
 
-def _arguments(value: Any) -> Mapping[str, Any]:
-    if isinstance(value, argparse.Namespace):
-        return vars(value)
-    return value if isinstance(value, Mapping) else {}
+def _arguments(content: Mapping[Any, Any]) -> Mapping[str, Any]:
+    """The command line that is saved beside the weights, or nothing."""
+    for key in ("args", "config", "hyper_parameters"):
+        value = content.get(key)
+        if isinstance(value, argparse.Namespace):
+            return vars(value)
+        if isinstance(value, Mapping) and not _is_state_dict(value):
+            return value
+    return {}
+
+
+def _step(content: Mapping[Any, Any], otherwise: int) -> int:
+    """The number of updates, which may be saved as a tensor."""
+    for key in STEPS:
+        value = content.get(key)
+        if getattr(value, "numel", lambda: 0)() == 1:
+            value = value.item()
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= values.COUNT_LIMIT:
+            return value
+    return otherwise
 
 
 def _summary(content: Mapping[Any, Any]) -> str:

@@ -22,6 +22,7 @@ from sra_jax.errors import UserError
 from sra_jax.interop.families import Contents, from_original_sit
 from sra_jax.interop.pytorch import Tree, insert, leaf_from_pytorch, leaves, pytorch_from_params
 from sra_jax.interop.tensor_files import TensorFile
+from sra_jax.models.transformer import TransformerConfig
 from sra_jax.runs import CONFIG, TREES
 from sra_jax.runs.state import Networks, make_optimizer
 from sra_jax.runs.trained import TrainedModel
@@ -66,6 +67,7 @@ def check_config(config: ConfigDict, contents: Contents) -> None:
         "model.mlp_ratio": (wanted.mlp_ratio, found.mlp_ratio),
         "data.image_size": (wanted.input_size, found.input_size), "data.channels": (wanted.channels, found.channels),
         "data.num_classes": (wanted.num_classes, found.num_classes),
+        "model.null_label": (wanted.null_label, found.null_label),
         "output channels (process.name)": (wanted.output_channels, outputs),
         "a head (method.name=sra, alignment.head)": (
             "head" in config_lib.methods_of(config).heads(wanted), contents.head,
@@ -187,7 +189,13 @@ def _return_memory() -> None:
         trim(0)
 
 
-def export_checkpoint(workdir: Path, step: int | None, weights: str, output: Path) -> tuple[int, bool]:
+PURPOSES = ("training", "sampling")
+"""What an export is for: the authors' training code wants the projection head, their sampling the network alone."""
+
+
+def export_checkpoint(
+    workdir: Path, step: int | None, weights: str, output: Path, purpose: str | None = None
+) -> tuple[int, str]:
     """Write a run's weights under the authors' names, with the position table, as `load_state_dict` takes them.
 
     Args:
@@ -195,12 +203,13 @@ def export_checkpoint(workdir: Path, step: int | None, weights: str, output: Pat
       step: which checkpoint; None takes the newest.
       weights: "ema", "params" or "both".
       output: .safetensors, a bare state dict of one of the two; or .pt, a dict with `ema` and/or `model`, and `steps`.
+      purpose: one of `PURPOSES`; None writes all that was trained.
 
     Returns:
-      The step, and whether the projection head is among the tensors.
+      The step, and what loads the file.
 
     Raises:
-      UserError: no such run or step, another suffix, or both trees for safetensors.
+      UserError: no such run or step, another suffix, both trees for safetensors, or no head to train on with.
     """
     if output.suffix not in (".safetensors", ".pt"):
         raise UserError(f"--output={output} must end in .pt or .safetensors")
@@ -209,16 +218,34 @@ def export_checkpoint(workdir: Path, step: int | None, weights: str, output: Pat
     groups: dict[str, dict[str, np.ndarray]] = {}
     for tree in ("params", "ema") if weights == "both" else (weights,):
         model = TrainedModel(workdir, step, tree)
+        params = {part: values for part, values in model.params.items() if part != "head" or purpose != "sampling"}
+        if purpose == "training" and "head" not in params:
+            raise UserError(
+                f"--export_for=training needs a projection head, which the run at {workdir} did not train: "
+                "--export_for=sampling"
+            )
         network = config_lib.transformer_of(model.config)
         groups["model" if tree == "params" else tree] = pytorch_from_params(
-            model.params, network.channels, network.input_size
+            params, network.channels, network.input_size
         )
     if output.suffix == ".safetensors":
         (tensors,) = groups.values()
         files.write_results({output: lambda path: files.write_safetensors(path, tensors)})
     else:
         files.write_results({output: lambda path: _torch_save(groups, model.step, path)})
-    return model.step, "head" in model.params
+    return model.step, loads(network, "head" in params)
+
+
+def loads(network: TransformerConfig, head: bool) -> str:
+    """Which of the authors' classes take a state dict of this network, and how strictly."""
+    if head:
+        return "with ap_head: SRA's own classes load it with strict=True, others without ap_head"
+    if network.output_channels == 2 * network.channels:
+        return "without ap_head: DiT's own class loads it with strict=True, SRA's with strict=False"
+    return (
+        "without ap_head: SRA's SiT loads it with strict=False and samples from it. The original SiT cannot: it has "
+        f"{2 * network.channels} output channels and the opposite time"
+    )
 
 
 def _torch_save(groups: Mapping[str, Mapping[str, np.ndarray]], step: int, path: Path) -> None:

@@ -11,7 +11,7 @@ from flax import nnx
 
 from configs import common
 from sra_jax.errors import UserError
-from sra_jax.interop.families import describe, from_original_sit
+from sra_jax.interop.families import arguments_to_config, describe, from_original_sit
 from sra_jax.interop.pytorch import expected_shapes, params_from_pytorch, pytorch_from_params
 from sra_jax.models.transformer import Transformer, TransformerConfig
 from tests.interop.random_tensors import TINY, random_tensors, shapes
@@ -64,6 +64,86 @@ def test_what_else_tells_dit_from_the_original_sit():
     assert family(path="SiT-XL-2-256x256.pt", arguments={"model": "DiT-XL/2"}) == "dit"
     with pytest.raises(UserError, match=r"very same tensors.*--family=dit or --family=sit_original"):
         family()
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("outputs", [4, 8])
+@pytest.mark.parametrize("path", ["Linear", "GVP"])
+def test_the_original_sit_is_known_by_its_arguments(outputs, path):
+    """Whatever the number of channels: its own training checkpoints with learn_sigma=False look like SRA's SiT."""
+    arguments = {"path_type": path, "prediction": "velocity", "loss_weight": None, "num_classes": 10}
+    given = header(outputs, head=False, arguments=arguments)
+    assert describe(given, "auto", 4, common.SIZES).family == "sit_original"
+    with pytest.raises(UserError, match=rf"--family=sit does not fit .*path_type={path} is of the original SiT"):
+        describe(header(4, head=False, arguments=arguments), "sit", 4, common.SIZES)
+    assert arguments_to_config(arguments)[0]["process.path"] == {"Linear": "linear", "GVP": "cosine"}[path]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"path_type": "Linear", "prediction": "score"}, "was trained to predict the score"),
+        ({"path_type": "GVP", "prediction": "noise"}, "was trained to predict the noise"),
+        ({"path_type": "VP", "prediction": "velocity"}, "was trained on the path VP"),
+        ({"path_type": "linear", "prediction": "x"}, "was trained to predict the x"),
+    ],
+)
+@pytest.mark.parametrize("asked", ["auto", "sit_original"])
+def test_what_predicts_something_else_is_refused(arguments, message, asked):
+    with pytest.raises(UserError, match=message):
+        describe(header(8, head=False, arguments=arguments), asked, 4, common.SIZES)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"loss_type": "l1"}, {"alignment.distance": "l1"}),
+        ({"loss_type": "l2"}, {"alignment.distance": "l2"}),
+        ({"loss_type": "sml1"}, {}),
+        ({"path_type": "linear", "weighting": "lognormal"},
+         {"process.path": "linear", "process.time_distribution": "logit_normal"}),
+        ({"path_type": "linear", "weighting": "uniform"}, {"process.path": "linear"}),
+        ({"weighting": "lognormal", "t_max": 0.1},
+         {"process.time_distribution": "logit_normal", "alignment.interval": (0.0, 0.1)}),
+    ],
+)  # fmt: skip
+def test_settings_that_the_arguments_tell(arguments, expected):
+    assert arguments_to_config(arguments) == (expected, [])
+
+
+def test_a_setting_without_its_like_is_said():
+    told, (lost,) = arguments_to_config({"path_type": "cosine", "weighting": "lognormal"})
+    assert told == {"process.path": "cosine"}
+    assert "weighting=lognormal" in lost
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("rows", "arguments", "asked", "classes", "null"),
+    [
+        (1001, {}, None, 1000, True), (1000, {}, None, 1000, False), (11, {}, None, 10, True),
+        (10, {}, None, 10, False), (8, {}, None, 7, True), (1, {}, None, 1, False), (2, {}, None, 1, True),
+        (10, {"num_classes": 9}, None, 9, True), (11, {"num_classes": 11}, None, 11, False),
+        (10, {"num_classes": 1000}, None, 10, False), (10, {"num_classes": 10}, 9, 9, True), (8, {}, 8, 8, False),
+    ],
+)  # fmt: skip
+def test_whether_the_last_label_is_the_null_label(rows, arguments, asked, classes, null):
+    given = header(8, classes=rows - 1, arguments=arguments)
+    network = describe(given, "dit", 4, common.SIZES, asked).network
+    assert (network.num_classes, network.null_label, network.label_rows) == (classes, null, rows)
+
+
+def test_classes_that_no_table_of_this_size_has():
+    with pytest.raises(UserError, match="11 rows is not that of 9 classes, as asked, but of 10 classes and a null"):
+        describe(header(), "auto", 4, common.SIZES, 9)
+
+
+@pytest.mark.faults
+def test_names_of_diffusers_are_called_by_their_name():
+    names = ("pos_embed.proj.weight", "transformer_blocks.0.norm1.linear.weight", "proj_out_2.weight")
+    with pytest.raises(UserError, match=r"names of a transformer of diffusers .*DiT-XL-2-256x256.pt"):
+        describe(Header(dict.fromkeys(names, (4, 4))), "auto", 4, common.SIZES)
 
 
 def test_projectors_are_dropped():

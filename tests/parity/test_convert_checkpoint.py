@@ -216,3 +216,26 @@ def test_an_optimizer_of_another_model_is_refused(torch, trained, tmp_path):
     torch.save(content, tmp_path / "x.pt")
     with pytest.raises(UserError, match="--fresh_optimizer"):
         open_tensor_file(tmp_path / "x.pt")
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("steps", ["steps", "step", "global_step", "train_steps"])
+def test_steps_by_any_name_and_as_a_tensor(torch, tmp_path, steps):
+    for value in (7, torch.tensor(7), torch.tensor([7.0])):
+        torch.save({"model": {"a": torch.ones(3)}, steps: value}, tmp_path / "x.pt")
+        assert open_tensor_file(tmp_path / "x.pt").step == 7
+
+
+@pytest.mark.faults
+def test_checkpoints_of_training_frameworks(torch, tmp_path):
+    """Lightning's: model and EMA in one state dict; torch.compile within DistributedDataParallel."""
+    state = {"net._orig_mod.a": torch.ones(3), "ema_model.a": torch.zeros(3)}
+    torch.save({"state_dict": state, "global_step": 9, "hyper_parameters": {"num_classes": 10}}, tmp_path / "x.ckpt")
+    file = open_tensor_file(tmp_path / "x.ckpt")
+    assert (file.groups, file.step, file.arguments) == (("params", "ema"), 9, {"num_classes": 10})
+    assert (file.read("params", ["a"])[0].sum(), file.read("ema", ["a"])[0].sum()) == (3, 0)
+    torch.save({"model": {"module._orig_mod.a": torch.ones(3)}, "ema": {"ema_model.a": torch.zeros(3)}},
+               tmp_path / "y.pt")  # fmt: skip
+    file = open_tensor_file(tmp_path / "y.pt")
+    assert file.groups == ("params", "ema")
+    assert file.read("ema", ["a"])[0].sum() == 0

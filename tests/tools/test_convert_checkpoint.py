@@ -14,6 +14,7 @@ from sra_jax.runs.state import Networks, init_state, make_optimizer
 from sra_jax.runs.trained import TrainedModel
 from sra_jax.runs.warm_start import start_from
 from tests.conftest import TINY_DIGITS, run
+from tests.in_process import call
 from tests.interop.random_tensors import random_tensors
 
 TOOL = "tools/convert_checkpoint.py"
@@ -140,3 +141,44 @@ def test_nothing_is_overwritten(tiny_run, exported):
     assert exported.read_bytes() == tensors
     done = run(TOOL, f"--checkpoint={exported}", f"--workdir={tiny_run}", *DEMO, "--config.steps=4", code=2)
     assert "exists and is not empty" in done.stderr
+
+
+@pytest.mark.faults
+def test_a_class_table_without_a_null_label(tmp_path):
+    """DiT trained without label dropout: ten rows are ten classes, class 9 among them, and nothing to guide with."""
+    tensors = random_tensors(4, outputs=8, head=False, classes=9)
+    save_file(tensors, tmp_path / "DiT.safetensors")
+    workdir = tmp_path / "run"
+    file = tmp_path / "DiT.safetensors"
+    done = call("convert_checkpoint", f"--checkpoint={file}", f"--workdir={workdir}", "--heads=4")
+    assert "10 classes and no null label (a round number of rows: --num_classes=9" in done.stdout
+    model = TrainedModel(workdir)
+    assert (model.config.data.num_classes, model.config.model.null_label) == (10, False)
+    assert (model.config.label_dropout, model.config.sampling.guidance_scale) == (0.0, 1.0)
+    for name, tensor in pytorch_from_params(model.params, 4, 8).items():
+        np.testing.assert_array_equal(tensor, tensors[name], err_msg=name)
+    output = f"--output={tmp_path / 'x.npz'}"
+    done = call("sample", f"--workdir={workdir}", output, "--guidance_scale=1.5", code=2)
+    assert "needs a null label, and this model has none" in done.stderr
+    done = call("pca", f"--workdir={workdir}", f"--output={tmp_path / 'x.png'}", code=2)
+    assert "--condition=null shows the network the null label, which this run was never trained with" in done.stderr
+
+
+def test_exports_for_training_and_for_sampling(tiny_run, tmp_path):
+    def export(purpose, workdir=tiny_run, code=0):
+        output = tmp_path / f"{purpose}.safetensors"
+        done = call("convert_checkpoint", f"--workdir={workdir}", "--export=ema", f"--output={output}",
+                    *([f"--export_for={purpose}"] if purpose else []), "--overwrite", code=code)  # fmt: skip
+        return done, load_file(output) if code == 0 else None
+
+    everything = export(None)[1]
+    done, tensors = export("training")
+    assert "with ap_head: SRA's own classes load it with strict=True" in done.stdout
+    assert tensors.keys() == everything.keys()
+    done, tensors = export("sampling")
+    assert "without ap_head: SRA's SiT loads it with strict=False" in done.stdout
+    assert tensors.keys() == {name for name in everything if not name.startswith("ap_head.")}
+    save_file(tensors, tmp_path / "bare.safetensors")
+    call("convert_checkpoint", f"--checkpoint={tmp_path / 'bare.safetensors'}", f"--workdir={tmp_path / 'bare'}", *DEMO,
+         "--config.steps=4", "--config.alignment.enabled=False")  # fmt: skip
+    assert "did not train: --export_for=sampling" in export("training", tmp_path / "bare", code=2)[0].stderr
