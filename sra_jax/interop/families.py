@@ -35,6 +35,9 @@ OTHER_PATHS = ("VP",)
 DIFFUSERS = "transformer_blocks."
 """How names of diffusers' transformers begin."""
 
+DIT_STEPS = 1000
+"""In which SRA's DiT counts the teacher's interval; SiT's is a fraction of the time."""
+
 NAMED = 5
 
 
@@ -293,7 +296,8 @@ def arguments_to_config(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], l
     take("path_type", "process.path", str)
     take("t_max", "alignment.interval", float)
     if "alignment.interval" in values:
-        values["alignment.interval"] = (0.0, values["alignment.interval"])
+        most = values["alignment.interval"]
+        values["alignment.interval"] = (0.0, most / DIT_STEPS if most > 1 else most)
     if (path := values.get("process.path")) is not None:
         values["process.path"] = ORIGINAL_PATHS.get(path, path)
     if arguments.get("weighting") == "lognormal":

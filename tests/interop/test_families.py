@@ -101,6 +101,7 @@ def test_what_predicts_something_else_is_refused(arguments, message, asked):
         ({"loss_type": "l1"}, {"alignment.distance": "l1"}),
         ({"loss_type": "l2"}, {"alignment.distance": "l2"}),
         ({"loss_type": "sml1"}, {}),
+        ({"t_max": 200}, {"alignment.interval": (0.0, 0.2)}),
         ({"path_type": "linear", "weighting": "lognormal"},
          {"process.path": "linear", "process.time_distribution": "logit_normal"}),
         ({"path_type": "linear", "weighting": "uniform"}, {"process.path": "linear"}),

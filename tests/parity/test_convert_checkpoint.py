@@ -20,6 +20,7 @@ from sra_jax.runs.state import Networks, TrainState, init_state, make_optimizer
 from sra_jax.runs.trained import TrainedModel
 from tests.conftest import run
 from tests.interop.random_tensors import random_tensors
+from tests.parity.stored import blocks as stored_blocks
 
 TOOL = "tools/convert_checkpoint.py"
 
@@ -59,11 +60,11 @@ def test_golden_forward(golden, tmp_path, name, recipe, inputs, blocks, output, 
     """Prediction and tokens after every block, of sit_forward and dit_loss, from a converted file."""
     arrays = golden(name)
     model, tensors = through_the_converter(arrays, "sd/", arrays[f"{inputs}/x"], recipe, tmp_path)
-    depth = model.config.model.depth
+    stored = stored_blocks(arrays, f"{blocks}/block_#")
     x, t, y = nhwc(arrays[f"{inputs}/x"]), jnp.asarray(arrays[f"{inputs}/t"]), jnp.asarray(arrays[f"{inputs}/y"])
-    prediction, tokens = model.networks.model(model.params)(x, t, y, taps=tuple(range(1, depth + 1)))
+    prediction, tokens = model.networks.model(model.params)(x, t, y, taps=tuple(stored))
     expected = {output: np.moveaxis(prediction, -1, 1)}
-    expected |= {f"{blocks}/block_{i}": np.asarray(h) for i, h in enumerate(tokens, start=1)}
+    expected |= {f"{blocks}/block_{i}": np.asarray(h) for i, h in zip(stored, tokens, strict=True)}
     for key, found in expected.items():
         np.testing.assert_allclose(found, arrays[key], rtol=0, atol=tolerance * np.abs(arrays[key]).max(), err_msg=key)
 

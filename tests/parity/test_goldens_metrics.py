@@ -8,6 +8,7 @@ from sra_jax.evaluation.inception_score import inception_score
 from sra_jax.evaluation.precision_recall import precision_recall
 from sra_jax.evaluation.statistics import GaussianStatistics, Moments
 from sra_jax.models.inception import resize_bilinear_tf1
+from tests.parity.stored import require
 
 
 def moments_in_batches(features, batch=37):
@@ -21,6 +22,7 @@ def moments_in_batches(features, batch=37):
 @pytest.mark.parametrize("side", ["real", "fake"])
 def test_metrics_statistics(golden, kind, side):
     arrays = golden("metrics")
+    require(arrays, f"{kind}/mu_{side}", f"{kind}/sigma_{side}")
     statistics = moments_in_batches(arrays[f"{kind}/{side}"])
     scale = np.abs(arrays[f"{kind}/mu_{side}"]).max()
     np.testing.assert_allclose(statistics.mean, arrays[f"{kind}/mu_{side}"], atol=1e-6 * scale, rtol=0)
@@ -31,6 +33,7 @@ def test_metrics_statistics(golden, kind, side):
 @pytest.mark.parametrize("kind", ["pool", "spatial", "small"])
 def test_metrics_fid(golden, kind):
     arrays = golden("metrics")
+    require(arrays, f"{kind}/fid")
     distance = frechet_distance(moments_in_batches(arrays[f"{kind}/real"]), moments_in_batches(arrays[f"{kind}/fake"]))
     np.testing.assert_allclose(distance, arrays[f"{kind}/fid"], rtol=1e-6)
     np.testing.assert_allclose(distance, arrays[f"{kind}/fid_eigh"], rtol=1e-6)
@@ -39,6 +42,7 @@ def test_metrics_fid(golden, kind):
 @pytest.mark.parametrize("kind", ["pool", "spatial"])
 def test_metrics_fid_of_stored_statistics(golden, kind):
     arrays = golden("metrics")
+    require(arrays, f"{kind}/fid", f"{kind}/sigma_real")
     real, fake = (
         GaussianStatistics(arrays[f"{kind}/mu_{side}"], arrays[f"{kind}/sigma_{side}"]) for side in ("real", "fake")
     )
@@ -56,6 +60,7 @@ def test_metrics_inception_score(golden):
 @pytest.mark.parametrize("run", ["fp32", "fp32_offset"])
 def test_metrics_precision_recall(golden, run, block):
     arrays = golden("metrics")
+    require(arrays, f"pr/{run}/precision")
     offset = arrays["pr/offset"] if run.endswith("offset") else np.float32(0)
     result = precision_recall(arrays["pool/fake"] + offset, arrays["pool/real"] + offset, block=block)
     np.testing.assert_array_equal(result.samples_covered, arrays[f"pr/{run}/fake_covered"])
@@ -72,6 +77,7 @@ def test_metrics_precision_recall(golden, run, block):
 @pytest.mark.parametrize("direction", ["up", "down"])
 def test_metrics_resize(golden, direction):
     arrays = golden("metrics")
+    require(arrays, f"resize/{direction}_out")
     expected = arrays[f"resize/{direction}_out"].transpose(0, 2, 3, 1)
     resized = resize_bilinear_tf1(arrays[f"resize/{direction}_in"].transpose(0, 2, 3, 1), expected.shape[1:3])
     np.testing.assert_allclose(resized, expected, atol=1e-4, rtol=0)

@@ -24,6 +24,7 @@ from sra_jax.methods import distances
 from sra_jax.models.transformer import Block, Condition, FinalLayer, patchify, position_table, time_features
 from sra_jax.runs.state import Networks, make_optimizer
 from sra_jax.training.step import total_loss, update_ema
+from tests.parity.stored import blocks, require
 
 TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-4
@@ -97,26 +98,24 @@ def test_sit_forward_prediction(forward):
 
 def test_sit_forward_tokens_after_every_block(forward):
     arrays, *_, features = forward
-    for number, tokens in enumerate(features, start=1):
-        close(tokens, arrays[f"feat/block_{number}"])
+    for number, expected in blocks(arrays, "feat/block_#").items():
+        close(features[number - 1], expected)
 
 
 def test_sit_forward_stops_early(forward):
     arrays, model, *_ = forward
-    for stop in range(1, model.config.depth + 1):
+    for stop, expected in blocks(arrays, "feat/block_#").items():
         prediction, (tokens,) = model(
             nhwc(arrays["in/x"]), jnp.asarray(arrays["in/t"]), jnp.asarray(arrays["in/y"]), taps=(stop,), stop=stop
         )
         assert prediction is None
-        close(tokens, arrays[f"feat/block_{stop}"])
+        close(tokens, expected)
 
 
 def test_sit_forward_head(forward):
     arrays, _, networks, params, _, features = forward
-    projected = {key: value for key, value in arrays.items() if key.startswith("proj/block_")}
-    assert projected
-    for key, expected in projected.items():
-        close(networks.head(params, "head")(features[int(key.removeprefix("proj/block_")) - 1]), expected)
+    for number, expected in blocks(arrays, "proj/block_#").items():
+        close(networks.head(params, "head")(features[number - 1]), expected)
 
 
 def test_sit_forward_embeddings(forward):
@@ -136,9 +135,10 @@ def test_sit_forward_layer_norm_epsilon(forward):
     arrays, model, *_ = forward
     condition = Condition(jax.nn.silu(jnp.asarray(arrays["cond/c"])))
     graphdef, stacked = nnx.split(model.blocks)
-    first: Block = nnx.merge(graphdef, jax.tree.map(lambda x: x[0], stacked))
+    for number, expected in blocks(arrays, "eps/block#_out").items():
+        block: Block = nnx.merge(graphdef, jax.tree.map(lambda x, number=number: x[number - 1], stacked))
+        close(block(jnp.asarray(arrays["eps/x_small"]), condition), expected)
     final: FinalLayer = model.final
-    close(first(jnp.asarray(arrays["eps/x_small"]), condition), arrays["eps/block1_out"])
     close(final(jnp.asarray(arrays["eps/x_small"]), condition), arrays["eps/final_tokens"])
 
 
@@ -177,6 +177,7 @@ def loss_of(arrays, path, distance="smooth_l1", weight=None):
 @pytest.mark.parametrize("path", PATHS)
 def test_sit_sra_loss_process(golden, path):
     arrays = golden("sit_sra_loss")
+    require(arrays, f"{path}/x_t")
     process = Interpolant(path)
     x0, e = nhwc(arrays["in/x0"]), nhwc(arrays["in/noise"])
     t, s = jnp.asarray(arrays["in/t"]), jnp.asarray(arrays["in/t_teacher"])
@@ -191,9 +192,12 @@ def test_sit_sra_loss_process(golden, path):
 def test_sit_sra_loss_distances(golden, path):
     """Every distance on the stored features, and the maps of the two cosines."""
     arrays = golden("sit_sra_loss")
+    require(arrays, f"{path}/student_proj")
     student, teacher = jnp.asarray(arrays[f"{path}/student_proj"]), jnp.asarray(arrays[f"{path}/teacher_feat"])
-    for theirs, ours in DISTANCES.items():
-        close(distances.mean_distance(ours, student, teacher), arrays[f"{path}/align_{theirs}"])
+    stored = {theirs for theirs in DISTANCES if f"{path}/align_{theirs}" in arrays}
+    assert stored
+    for theirs in stored:
+        close(distances.mean_distance(DISTANCES[theirs], student, teacher), arrays[f"{path}/align_{theirs}"])
     close(distances.cosine(student, teacher, axis=1), arrays[f"{path}/align_cos_token_map"])
     close(distances.cosine(student, teacher, axis=-1), arrays[f"{path}/align_cos_feature_map"])
 
@@ -203,6 +207,7 @@ def test_sit_sra_loss_distances(golden, path):
 def test_sit_sra_loss_total_and_gradients(golden, path, theirs):
     """The whole loss from latents, times and labels, and its gradient in every stored parameter."""
     arrays = golden("sit_sra_loss")
+    require(arrays, f"{path}/total_{theirs}")
     weight = None if theirs == "sml1" else json.loads(str(arrays["meta/config"]))["cos_weight"]
     loss = loss_of(arrays, path, DISTANCES[theirs], weight)
     (total, (metrics, _)), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(trees(arrays))
@@ -241,6 +246,7 @@ def two_steps(golden, request):
     """The optimizer run twice on the golden batch, teacher unchanged: parameters, moments and losses."""
     arrays = golden("sit_sra_loss")
     path = request.param
+    require(arrays, f"{path}/clip_coef")
     optimizer = make_optimizer(recipe(arrays), steps=10)
     grad = jax.jit(jax.value_and_grad(loss_of(arrays, path), has_aux=True))
     params = trees(arrays)
@@ -265,7 +271,7 @@ def test_sit_sra_loss_adam(two_steps):
         moves = np.abs(clip * gradients[name]) > 1e-6  # elsewhere Adam's first step has the sign of rounding noise
         np.testing.assert_allclose(np.where(moves, new[name] - old, 0), np.where(moves, expected - old, 0), rtol=0,
                                    atol=2e-7, err_msg=name)  # fmt: skip
-        assert np.abs(new[name] - old).max() <= 1.001e-4
+        assert np.abs(new[name] - old).max() <= 1.001 * json.loads(str(arrays["meta/config"]))["lr"]
     for moment, tensors in averages.items():
         for name, expected in state_dict(arrays, f"{path}/{moment}/").items():
             close(tensors[name], expected, GRADIENT_TOLERANCE)
@@ -302,13 +308,15 @@ def test_sit_sra_loss_ema(golden, path):
     arrays = golden("sit_sra_loss")
     for decay in json.loads(str(arrays["meta/config"]))["ema_decays"]:
         stored = state_dict(arrays, f"{path}/ema_{decay}/")
-        assert stored
+        require(arrays, f"{path}/x_t")
+        assert stored.keys() & state_dict(arrays, f"{path}/new/").keys()
         for name, expected in stored.items():
             if name == "pos_embed":  # a constant here; equal in student and teacher, so that its average is itself
                 close(arrays[f"sd/{name}"], expected)
                 continue
-            teacher, student = arrays[f"ema/{name}"], arrays[f"{path}/new/{name}"]
-            close(update_ema({"x": teacher}, {"x": student}, decay)["x"], expected)
+            if f"{path}/new/{name}" in arrays:  # those whose update is rounding noise are not stored
+                teacher, student = arrays[f"ema/{name}"], arrays[f"{path}/new/{name}"]
+                close(update_ema({"x": teacher}, {"x": student}, decay)["x"], expected)
 
 
 # ---------------------------------------------------------------- sit_sampling
@@ -331,6 +339,7 @@ RUNS = {
 def test_sit_sampling(golden, run):
     """From the stored noise to latents inside one jitted program, and what the network was asked on the way."""
     arrays, weights = golden("sit_sampling"), golden("sit_sra_loss")
+    require(arrays, f"run/{run}/x")
     name, path, (scale, low, high) = RUNS[run]
     config = recipe(weights)
     model = Networks(config).model(trees(weights))
