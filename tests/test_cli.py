@@ -1,6 +1,10 @@
 """What every command does with its command line."""
 
 import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from absl import flags
@@ -8,7 +12,7 @@ from absl import flags
 from sra_jax import cli, values
 from sra_jax import config as config_lib
 from sra_jax.errors import UserError
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run
 from tests.in_process import call, flags_of
 
 TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("*.py"))
@@ -123,3 +127,25 @@ def test_flags_from_a_file_with_a_recipe(tmp_path, capsys):
 
     assert ended(capsys, [f"--flagfile={file}", "--config.steps=7"], main) == (0, "")
     assert seen == [(7, 3)]
+
+
+@pytest.mark.faults
+@pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="there is a GPU")
+def test_a_platform_that_is_not_there_is_one_line(tmp_path):
+    """JAX itself ends in an assertion without a message. Nor do TensorFlow and gRPC say anything at the start."""
+    done = run("main.py", "--config=configs/digits.py", f"--workdir={tmp_path / 'run'}", code=2, fresh=True,
+               environment={"JAX_PLATFORMS": "cuda"})  # fmt: skip
+    assert done.stderr.startswith("error: JAX_PLATFORMS=cuda finds no device to compute on")
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+def test_tensorflow_is_loaded_without_a_word():
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("TF_", "GRPC_"))}
+    program = "import sra_jax, tensorflow as tf; print(int(tf.constant(1) + 1))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    assert (done.stdout, done.stderr) == ("2\n", "")

@@ -37,11 +37,13 @@ import time
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 os.environ["JAX_PLATFORMS"] = "cpu"  # nothing is run, and JAX must not look for a TPU
 
+from sra_jax import cli, files  # first: it quiets what the others load
+
+# isort: split
 import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from sra_jax import cli, files
 from sra_jax import config as config_lib
 from sra_jax.distributed import chips
 from sra_jax.errors import UserError

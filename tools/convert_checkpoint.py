@@ -33,12 +33,14 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
+from sra_jax import cli, files, values  # first: it quiets what the others load
+
+# isort: split
 import jax
 from absl import flags
 from ml_collections import ConfigDict
 
 from configs import common
-from sra_jax import cli, files, values
 from sra_jax import config as config_lib
 from sra_jax.errors import UserError
 from sra_jax.interop import families

@@ -45,6 +45,7 @@ from absl import flags
 
 from sra_jax import cli, files, values
 from sra_jax.data import classes
+from sra_jax.distributed.devices import check_devices
 from sra_jax.errors import UserError
 from sra_jax.evaluation import evaluate
 from sra_jax.evaluation import samples as runs
@@ -268,6 +269,7 @@ def _measure_files(
 def main() -> None:
     """Open everything, refuse what cannot work, then measure."""
     _check_flags()
+    check_devices()
     model = generator = samples = None
     if FLAGS.workdir:
         files.check_output("--workdir", pathlib.Path(FLAGS.workdir) / runs.FOLDER, folder=True)

@@ -62,6 +62,7 @@ from sra_jax.data import classes, features, shards
 from sra_jax.data.image_sources import open_images
 from sra_jax.data.moments import MomentsFolder
 from sra_jax.data.preparation import ImageEncoder, MomentsCopier, prepare
+from sra_jax.distributed.devices import check_devices
 from sra_jax.errors import UserError
 from sra_jax.interop import autoencoder
 
@@ -167,6 +168,7 @@ def main() -> int:
     if not FLAGS.source:
         raise UserError("--source is missing, for example --source=imagefolder:/data/train")
     files.check_output("--output", FLAGS.output, folder=True)
+    check_devices()
     index, count = processes()
     kind, _, path = FLAGS.source.partition(":")
     if kind == "edm2":

@@ -8,6 +8,7 @@ import jax
 
 from sra_jax import config as config_lib
 from sra_jax.distributed import sharding
+from sra_jax.distributed.devices import check_devices
 from sra_jax.runs import CONFIG, class_names
 from sra_jax.runs.checkpoints import Checkpoints
 from sra_jax.runs.state import Networks, Params
@@ -37,6 +38,7 @@ class TrainedModel:
     def __init__(
         self, workdir: Path, step: int | None = None, weights: str = "ema", sampling: Mapping[str, Any] | None = None
     ):
+        check_devices()
         workdir = Path(workdir)
         self._workdir, self._weights = workdir, weights
         self.config = config_lib.read(workdir / CONFIG)

@@ -22,6 +22,7 @@ from sra_jax.data import classes, pipeline
 from sra_jax.data import registry as datasets
 from sra_jax.data.dataset import Dataset
 from sra_jax.distributed import processes, sharding
+from sra_jax.distributed.devices import check_devices
 from sra_jax.errors import Preempted, RunError, UserError
 from sra_jax.methods.health import Watch, health
 from sra_jax.methods.registry import noisier_teachers
@@ -114,6 +115,7 @@ def train(config: ConfigDict, workdir: Path, allow_config_change: bool = False) 
       RunError: the loss is no longer finite.
       Preempted: SIGTERM came; the state is saved.
     """
+    check_devices()
     config_lib.check(config, jax.device_count())
     config_lib.check_workers(config.data.workers, os.cpu_count() or 1)
     workdir = Path(workdir)

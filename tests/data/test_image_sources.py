@@ -80,6 +80,15 @@ def test_sample_photos():
         open_images("sklearn:faces")
 
 
+@pytest.mark.faults
+def test_an_unknown_tfds_name_is_one_line():
+    """TFDS itself lists all that it knows."""
+    message = r"^tfds:mnst is neither known to TFDS nor on disk.*; did you mean mnist\b"
+    with pytest.raises(UserError, match=message) as error:
+        open_images("tfds:mnst")
+    assert len(str(error.value)) < 150
+
+
 @pytest.fixture(scope="module", params=["array_record", "tfrecord"])
 def tfds_set(request, tmp_path_factory):
     """A TFDS set on disk in either file format: (its name, its format, the images by label)."""
