@@ -368,7 +368,9 @@ def respaced_timesteps(num_steps: int, steps: int | str | Sequence[int]) -> np.n
 
 def _section_counts(steps: int | str | Sequence[int]) -> list[int]:
     if isinstance(steps, str):
-        parts: list[object] = [int(part) if part.strip().isdecimal() else None for part in steps.split(",")]
+        parts: list[object] = [
+            int(part) if part.strip().isdecimal() and part.isascii() else None for part in steps.split(",")
+        ]
     elif isinstance(steps, Sequence):
         parts = list(steps)
     else:
@@ -381,7 +383,7 @@ def _section_counts(steps: int | str | Sequence[int]) -> list[int]:
 
 def _strided_timesteps(num_steps: int, steps: str) -> np.ndarray:
     count = steps.removeprefix("ddim")
-    if not count.isdecimal():
+    if not (count.isdecimal() and count.isascii()):
         raise _unreadable(steps)
     # From the widest stride to the narrowest, so that the narrowest of each count stays.
     strides = {len(range(0, num_steps, stride)): stride for stride in range(num_steps - 1, 0, -1)}

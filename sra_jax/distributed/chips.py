@@ -72,7 +72,7 @@ def parse_slice(text: str) -> Slice:
     Raises:
       UserError: an unknown chip, or a number of chips that has no usual slice.
     """
-    found = re.fullmatch(r"(\w+)(?::(\d+(?:x\d+)+)|-(\d+))", text)
+    found = re.fullmatch(r"(\w+)(?::([1-9][0-9]{0,3}(?:x[1-9][0-9]{0,3})+)|-([0-9]{1,5}))", text, re.ASCII)
     if not found or found[1] not in CHIPS:
         raise UserError(
             f"--topology={text} is unknown; allowed: {', '.join(CHIPS)} with a layout such as v5e:4x4 or v4:2x2x4, or "

@@ -20,6 +20,7 @@ from sra_jax.errors import UserError
 from sra_jax.interop.pytorch import LABEL_TABLE, POSITION_TABLE, expected_shapes, has_head
 from sra_jax.interop.tensor_files import Shapes, TensorFile
 from sra_jax.models.transformer import TIME_FREQUENCIES, TransformerConfig, position_table
+from sra_jax.values import INTEGER
 
 FAMILIES = ("sit", "dit", "sit_original")
 DROPPED = ("projectors.",)
@@ -123,12 +124,15 @@ def _network(file: TensorFile, shapes: Shapes, asked_classes: int | None) -> tup
     if grid**2 != tokens:
         raise UserError(f"{file.path}: tensor {POSITION_TABLE} has {tokens} tokens, not a square number")
     numbers = [name.split(".")[1] for name in shapes if name.startswith("blocks.")]
+    depth = 1 + max((int(number) for number in numbers if INTEGER.fullmatch(number)), default=0)
+    if depth > len(shapes):
+        raise UserError(f"{file.path} names a block {depth - 1} and has {len(shapes)} tensors: it is not whole")
     outputs = shape("final_layer.linear.weight", 2)[0]
     classes, null_label, reason = _classes(file, shape(LABEL_TABLE[0], 2)[0], asked_classes)
     network = TransformerConfig(
         input_size=grid * patch, channels=channels, output_channels=outputs // patch**2,
         num_classes=classes, null_label=null_label, patch=patch,
-        depth=1 + max((int(number) for number in numbers if number.isdigit()), default=0), width=width, heads=1,
+        depth=depth, width=width, heads=1,
         mlp_ratio=shape("blocks.0.mlp.fc1.weight", 2)[0] / width,
     )  # fmt: skip
     return network, reason

@@ -290,6 +290,8 @@ def test_respaced_chain_has_the_noise_of_the_long_one():
         ("ddim", "is no step count"),
         ("ddim25,25", "is no step count"),
         ("10,,20", "is no step count"),
+        ("٢٥", "is no step count"),
+        ("ddim٢٥", "is no step count"),
         ((10, 0), "is no step count"),
         ((), "is no step count"),
         (None, "is no step count"),

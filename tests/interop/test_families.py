@@ -165,6 +165,7 @@ def without(name):
         (without("blocks.1.attn.qkv.weight"), "auto", 4, r"missing: blocks\.1\.attn\.qkv\.weight$"),
         (without("ap_head.linear2.bias"), "auto", 4, r"missing: ap_head\.linear2\.bias$"),
         (without("pos_embed"), "auto", 4, "no tensor pos_embed"),
+        (lambda s: s.update({"blocks.99999999999.mlp.fc1.bias": (32,)}), "auto", 4, "names a block 99999999999"),
         (without("final_layer.linear.weight"), "auto", 4, "no tensor final_layer.linear.weight"),
         (lambda s: s.update({"blocks.0.attn.q_norm.weight": (8,)}), "auto", 4,
          r"unknown: blocks\.0\.attn\.q_norm\.weight"),

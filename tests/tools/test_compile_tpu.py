@@ -94,7 +94,7 @@ def test_slices(text, name, size):
     assert (wanted.name, wanted.size) == (name, size)
 
 
-@pytest.mark.parametrize("text", ["v9:4x4", "v5e", "v5e-17", "4x4"])
+@pytest.mark.parametrize("text", ["v9:4x4", "v5e", "v5e-17", "4x4", "v5e:0x4", "v5e:٤x4", "v5e-٤", "v5e:99999x9"])
 def test_unknown_slices(text):
     with pytest.raises(UserError, match="allowed"):
         parse_slice(text)
