@@ -52,7 +52,7 @@ RANGES: Mapping[str, Range] = {
     "steps": _counts(0),
     "epochs": Range(0.0, 1e6),
     "examples": Range(0, 10**15),
-    "batch_size": Range(1, values.BATCH_LIMIT),
+    "batch_size": Range(1, 2**24),
     "accumulation": Range(1, values.BATCH_LIMIT),
     "label_dropout": Range(0.0, 1.0, open_high=True),
     "log_every": _counts(1),

@@ -69,7 +69,7 @@ SENSELESS = [
     ({"model.mlp_ratio": math.nan}, "mlp_ratio=nan must be a finite number"),
     ({"model.mlp_ratio": 0.01}, "mlp_ratio=0.01 must be at least 0.125"),
     ({"model.width": 4, "model.heads": 1, "model.mlp_ratio": 0.125}, "leaves the MLP no width"),
-    ({"batch_size": 10**12}, "batch_size=1000000000000 must be at least 1 and at most 1,048,576"),
+    ({"batch_size": 10**12}, "batch_size=1000000000000 must be at least 1 and at most 16,777,216"),
     ({"sampling.preview_per_class": 10**9}, "preview_per_class=1000000000 must be at least 1"),
     ({"sampling.preview_per_class": 5000}, "preview_per_class=5000 are 50,000 images at once: at most 10,000"),
     ({"sampling.guidance_scale": 1e30}, r"guidance_scale=1e\+30 must be at least 1 and at most 1000"),
