@@ -45,6 +45,7 @@ from sra_jax import config as config_lib
 from sra_jax.errors import UserError
 from sra_jax.interop import families
 from sra_jax.interop.tensor_files import TensorFile, open_tensor_file
+from sra_jax.methods.registry import METHODS
 from sra_jax.runs import conversion
 
 FLAGS = flags.FLAGS
@@ -52,7 +53,15 @@ RECIPES = pathlib.Path(common.__file__).parent
 
 cli.path_flag("checkpoint", None, "File to bring in: .pt or .safetensors.")
 cli.path_flag("workdir", None, "The run's folder: written with --checkpoint, read with --export.", required=True)
-flags.DEFINE_enum("family", "auto", ["auto", *families.FAMILIES], "What the file holds.")
+flags.DEFINE_enum(
+    "family", "auto", ["auto", *families.FAMILIES],
+    "What the file holds; with --export, whose names, time and channels it gets.",
+)  # fmt: skip
+flags.DEFINE_enum(
+    "method", "auto", ["auto", *(name for name, method in METHODS.items() if method.own_head)],
+    "Whose the projection head in the file is: SRA and DTS+AS name theirs alike.",
+)  # fmt: skip
+cli.whole_flag("patch", None, "Side of a patch, where the file does not tell (Self-Flow); by default 2.", 1, 1024)
 cli.whole_flag("heads", None, "Attention heads, for widths and depths other than S, B, L, XL.", 1, 1024)
 cli.whole_flag(
     "num_classes", None, "Classes, where the file does not tell whether its last label is the null label.", 1, 10**6
@@ -87,7 +96,7 @@ def export() -> None:
         raise UserError("--export needs --output=FILE.pt or --output=FILE.safetensors")
     output = files.check_output("--output", FLAGS.output, FLAGS.overwrite)
     step, loaded_by = conversion.export_checkpoint(
-        pathlib.Path(FLAGS.workdir), FLAGS.step, FLAGS.export, output, FLAGS.export_for
+        pathlib.Path(FLAGS.workdir), FLAGS.step, FLAGS.export, output, FLAGS.export_for, FLAGS.family
     )
     print(f"{output}: {FLAGS.export} of step {step}, {loaded_by}")
 
@@ -98,7 +107,8 @@ def bring_in() -> None:
     given = config_lib.from_flag(CONFIG.value) if CONFIG.value is not None else None
     heads = FLAGS.heads or (given.model.heads if given is not None else None)
     classes = FLAGS.num_classes or (given.data.num_classes if given is not None else None)
-    contents = families.describe(file, FLAGS.family, heads, common.SIZES, classes)
+    patch = FLAGS.patch or (given.model.patch if given is not None else None)
+    contents = families.describe(file, FLAGS.family, heads, common.SIZES, classes, FLAGS.method, patch)
     families.check_positions(file, contents.network)
     config, lost = recipe(contents, file) if given is None else (given, [])
     workdir = pathlib.Path(FLAGS.workdir)
@@ -109,7 +119,7 @@ def bring_in() -> None:
         f"{file.path}: {contents.family} ({contents.reason}), {network.depth} blocks, width {network.width}, "
         f"{network.heads} heads, patch {network.patch}, latents {network.input_size}x{network.input_size}x"
         f"{network.channels}, {network.num_classes} classes {null} ({contents.classes}), "
-        f"{'with' if contents.head else 'without'} SRA's head"
+        f"{f'with the head of {contents.method}' if contents.head else 'without a head'}"
     )
     for line in lost:
         print(f"left out: {line}")
@@ -144,11 +154,14 @@ def recipe(contents: families.Contents, file: TensorFile) -> tuple[ConfigDict, l
         )
         if not known:  # the paper's blocks are at about a quarter and two thirds of the depth
             config.alignment.update(student_block=max(1, depth // 4), teacher_block=max(1, depth * 2 // 3))
+            common.small_methods(config, standardise="none")
+        config.method.name = contents.method if contents.head else "none"
         config.alignment.enabled = contents.head
         if not network.null_label:
             config.model.null_label, config.label_dropout, config.sampling.guidance_scale = False, 0.0, 1.0
         leaves = dict(config_lib.flatten(config))
-        told, lost = families.arguments_to_config(file.arguments)
+        section = METHODS[contents.method].section or f"method.{contents.method}"
+        told, lost = families.arguments_to_config(file.arguments, section)
         config.update_from_flattened_dict({key: value for key, value in told.items() if key in leaves})
     return config.lock(), lost
 

@@ -6,6 +6,8 @@ Families with the same backbone and tensor names:
     dit           DiT, with or without SRA: DDPM, 2C output channels (noise and variance)
     sit_original  SiT as its authors train it: t = 1 is data, the velocity points the other way, 2C output channels of
                   which the last C are not used
+    self_flow     Self-Flow as it was released: the original SiT's time and channels, patches as vectors (channel, row,
+                  column), the head under the name `projector`
 """
 
 import dataclasses
@@ -17,12 +19,17 @@ from typing import Any
 import numpy as np
 
 from sra_jax.errors import UserError
-from sra_jax.interop.pytorch import LABEL_TABLE, POSITION_TABLE, expected_shapes, has_head
+from sra_jax.interop.pytorch import LABEL_TABLE, POSITION_TABLE, SRA_HEAD, expected_shapes, has_head
 from sra_jax.interop.tensor_files import Shapes, TensorFile
+from sra_jax.methods.registry import METHODS
 from sra_jax.models.transformer import TIME_FREQUENCIES, TransformerConfig, position_table
 from sra_jax.values import INTEGER
 
-FAMILIES = ("sit", "dit", "sit_original")
+FAMILIES = ("sit", "dit", "sit_original", "self_flow")
+REVERSED = ("sit_original", "self_flow")
+"""Those whose time runs from noise to data."""
+
+PATCH_EMBEDDING = "x_embedder.proj.weight"
 DROPPED = ("projectors.",)
 """Parts that other methods train beside the network; sampling does not need them."""
 
@@ -33,6 +40,7 @@ ORIGINAL_PATHS = {"Linear": "linear", "GVP": "cosine"}
 """What the original SiT calls the paths; SRA and REPA write them as this project does."""
 
 OTHER_PATHS = ("VP",)
+TIME_LAYER = "t_embedder.mlp.0.weight"
 DIFFUSERS = "transformer_blocks."
 """How names of diffusers' transformers begin."""
 
@@ -50,7 +58,8 @@ class Contents:
       family: one of `FAMILIES`.
       reason: how the family was found.
       network: the network's shape as it is in the file.
-      head: whether the projection head of SRA is there.
+      head: whether a projection head is there.
+      method: whose head it is, a name of `METHODS`; the likeliest method where there is none.
       dropped: names of tensors that are left out.
       classes: how the number of classes was found.
     """
@@ -61,11 +70,16 @@ class Contents:
     head: bool
     dropped: tuple[str, ...]
     classes: str
+    method: str = "sra"
+
+    def in_file(self, name: str) -> str:
+        """The name in the file of a tensor that is known here as SRA's authors call it."""
+        return name.replace(f"{SRA_HEAD}.", f"{METHODS[self.method].foreign_head}.", 1) if self.head else name
 
 
 def describe(
     file: TensorFile, family: str, heads: int | None, sizes: Mapping[str, Mapping[str, int]],
-    num_classes: int | None = None,
+    num_classes: int | None = None, method: str = "auto", patch: int | None = None,
 ) -> Contents:
     """Read off the shapes what a file holds, and check that every tensor is there.
 
@@ -75,6 +89,8 @@ def describe(
       heads: attention heads, which no tensor tells; None looks depth and width up in `sizes`.
       sizes: name -> depth, width and heads of the known sizes.
       num_classes: which tells whether the last row of the label table is the null label; None finds it out.
+      method: whose the projection head is, a name of `METHODS`, or "auto".
+      patch: side of a patch where the tensors do not tell (self_flow); None: 2.
 
     Raises:
       UserError: a missing, extra or misshapen tensor, by name; a family that does not fit or cannot be told; a size
@@ -82,9 +98,23 @@ def describe(
     """
     dropped = tuple(name for name in file.shapes if name.startswith(DROPPED))
     shapes = {name: shape for name, shape in file.shapes.items() if name not in dropped}
+    method = _method(file, shapes, method)
+    foreign = METHODS[method].foreign_head
+    shapes = {name.replace(f"{foreign}.", f"{SRA_HEAD}.", 1): shape for name, shape in shapes.items()}
+    if self_flow := len(shapes.get(PATCH_EMBEDDING, ())) == 2:
+        shapes[PATCH_EMBEDDING] = _patch_kernel(file, shapes[PATCH_EMBEDDING], patch or 2)
     network, classes = _network(file, shapes, num_classes)
     _check_prediction(file)
-    family, reason = _family(file, shapes, network, family)
+    if self_flow or family == "self_flow":
+        if not self_flow or family not in ("auto", "self_flow"):
+            axes = len(file.shapes.get(PATCH_EMBEDDING, ()))
+            raise UserError(
+                f"--family={family} does not fit {file.path}: its {PATCH_EMBEDDING} has {axes} axes; that of Self-Flow "
+                "has 2, those of the others 4"
+            )
+        family, reason = "self_flow", "patches as vectors"
+    else:
+        family, reason = _family(file, shapes, network, family)
     head = has_head(shapes)
     _compare(file, shapes, expected_shapes(network, head))
     depth, width = network.depth, network.width
@@ -98,7 +128,31 @@ def describe(
         heads = known[0]
     if heads < 1 or width % heads:
         raise UserError(f"--heads={heads} does not divide the width {width} of {file.path}")
-    return Contents(family, reason, dataclasses.replace(network, heads=heads), head, dropped, classes)
+    return Contents(family, reason, dataclasses.replace(network, heads=heads), head, dropped, classes, method)
+
+
+def _method(file: TensorFile, shapes: Shapes, asked: str) -> str:
+    """Whose the projection head is."""
+    if asked != "auto":
+        return asked
+    known = [name for name, method in METHODS.items() if method.foreign_head]
+    for name in known:
+        if any(argument in file.arguments for argument in METHODS[name].foreign_arguments):
+            return name
+    for name in known:
+        foreign = METHODS[name].foreign_head
+        if foreign != SRA_HEAD and any(tensor.startswith(f"{foreign}.") for tensor in shapes):
+            return name
+    return "sra"
+
+
+def _patch_kernel(file: TensorFile, shape: tuple[int, ...], patch: int) -> tuple[int, ...]:
+    """The shape (D,C,p,p) of a patch embedding that is written as (D,C*p*p)."""
+    width, inputs = shape
+    channels, rest = divmod(inputs, patch**2)
+    if rest:
+        raise UserError(f"{file.path}: its patches have {inputs} entries, no multiple of {patch}x{patch}: give --patch")
+    return width, channels, patch, patch
 
 
 def _network(file: TensorFile, shapes: Shapes, asked_classes: int | None) -> tuple[TransformerConfig, str]:
@@ -261,22 +315,52 @@ def from_original_sit(name: str, tensor: np.ndarray, network: TransformerConfig)
       tensor: float32, as in the file.
       network: the shape as in the file, with 2C (or C) output channels.
     """
-    if name == "t_embedder.mlp.0.weight":
-        half = TIME_FREQUENCIES // 2
-        frequencies = np.exp(-np.log(10000.0) * np.arange(half) / half)
-        of_cos, of_sin = np.split(tensor.astype(np.float64), 2, axis=1)
-        cos, sin = np.cos(frequencies), np.sin(frequencies)
-        return np.concatenate([of_cos * cos + of_sin * sin, of_cos * sin - of_sin * cos], axis=1).astype(np.float32)
+    if name == TIME_LAYER:
+        return _time_reversed(tensor)
+    if name == PATCH_EMBEDDING and tensor.ndim == 2:  # of Self-Flow
+        return tensor.reshape(network.width, network.channels, network.patch, network.patch)
     if name.startswith("final_layer.linear."):
         by_channel = tensor.reshape(network.patch**2, network.output_channels, *tensor.shape[1:])
         return -by_channel[:, : network.channels].reshape(-1, *tensor.shape[1:])
     return tensor
 
 
-def arguments_to_config(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def to_original_sit(name: str, tensor: np.ndarray, network: TransformerConfig, flat_patches: bool) -> np.ndarray:
+    """The inverse of `from_original_sit`: the last C of 2C output channels are zeros.
+
+    Args:
+      name: the tensor's.
+      tensor: float32, under our time and sign, in PyTorch's layout.
+      network: the run's shape, with C output channels.
+      flat_patches: whether the patch embedding is written as a matrix, as in Self-Flow.
+    """
+    if name == TIME_LAYER:
+        return _time_reversed(tensor)  # a reflection: its own inverse
+    if name == PATCH_EMBEDDING and flat_patches:
+        return tensor.reshape(network.width, -1)
+    if name.startswith("final_layer.linear."):
+        by_channel = -tensor.reshape(network.patch**2, network.channels, *tensor.shape[1:])
+        return np.concatenate([by_channel, np.zeros_like(by_channel)], axis=1).reshape(-1, *tensor.shape[1:])
+    return tensor
+
+
+def _time_reversed(kernel: np.ndarray) -> np.ndarray:
+    """The first kernel of the time network (D,256), for features of 1 - t in place of t, or the other way round."""
+    half = TIME_FREQUENCIES // 2
+    frequencies = np.exp(-np.log(10000.0) * np.arange(half) / half)
+    of_cos, of_sin = np.split(kernel.astype(np.float64), 2, axis=1)
+    cos, sin = np.cos(frequencies), np.sin(frequencies)
+    return np.concatenate([of_cos * cos + of_sin * sin, of_cos * sin - of_sin * cos], axis=1).astype(np.float32)
+
+
+def arguments_to_config(arguments: Mapping[str, Any], section: str = "alignment") -> tuple[dict[str, Any], list[str]]:
     """Config values, by dotted key, of the command line that the authors of SRA and SiT save with their checkpoints.
 
     Arguments that are absent or of another kind are left to the recipe.
+
+    Args:
+      arguments: by name.
+      section: where the method has its keys.
 
     Returns:
       The values, and a line for each setting that has no like here.
@@ -289,8 +373,8 @@ def arguments_to_config(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], l
         if isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool):
             values[key] = kind(value)
 
-    take("block_out_s", "alignment.student_block", int)
-    take("block_out_t", "alignment.teacher_block", int)
+    take("block_out_s", f"{section}.student_block", int)
+    take("block_out_t", f"{section}.teacher_block", int)
     take("learning_rate", "optimizer.learning_rate", float)
     take("adam_beta1", "optimizer.b1", float)
     take("adam_beta2", "optimizer.b2", float)
@@ -298,10 +382,10 @@ def arguments_to_config(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], l
     take("adam_weight_decay", "optimizer.weight_decay", float)
     take("max_grad_norm", "optimizer.clip_norm", float)
     take("path_type", "process.path", str)
-    take("t_max", "alignment.interval", float)
-    if "alignment.interval" in values:
-        most = values["alignment.interval"]
-        values["alignment.interval"] = (0.0, most / DIT_STEPS if most > 1 else most)
+    take("t_max", f"{section}.interval", float)
+    if f"{section}.interval" in values:
+        most = values[f"{section}.interval"]
+        values[f"{section}.interval"] = (0.0, most / DIT_STEPS if most > 1 else most)
     if (path := values.get("process.path")) is not None:
         values["process.path"] = ORIGINAL_PATHS.get(path, path)
     if arguments.get("weighting") == "lognormal":
@@ -314,8 +398,8 @@ def arguments_to_config(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], l
             )
     loss = arguments.get("loss_type")
     if loss in ("l1", "l2"):
-        values["alignment.distance"] = loss
+        values[f"{section}.distance"] = loss
     elif loss == "cos":  # over tokens, not features, in their code; of constant weight
-        values |= {"alignment.distance": "cosine_tokens", "alignment.weight": 0.5,
-                   "alignment.weight_schedule": "constant"}  # fmt: skip
+        values |= {f"{section}.distance": "cosine_tokens", f"{section}.weight": 0.5,
+                   f"{section}.weight_schedule": "constant"}  # fmt: skip
     return values, lost

@@ -12,6 +12,7 @@ import numpy as np
 from sra_jax.models.transformer import TIME_FREQUENCIES, TransformerConfig, position_table
 
 POSITION_TABLE = "pos_embed"
+SRA_HEAD = "ap_head"
 
 LINEARS = {
     "x_embedder.proj": "model/patch_embedding",
@@ -114,7 +115,7 @@ def leaf_from_pytorch(path: str, tensors: Iterable[np.ndarray], depth: int, head
 
 def has_head(names: Iterable[str]) -> bool:
     """Whether a state dict of these names has the projection head of SRA."""
-    return any(name.startswith("ap_head.") for name in names)
+    return any(name.startswith(f"{SRA_HEAD}.") for name in names)
 
 
 def params_from_pytorch(tensors: Mapping[str, np.ndarray], heads: int) -> Tree:

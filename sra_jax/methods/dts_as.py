@@ -80,6 +80,9 @@ class DualTimes(Method):
 
     name: ClassVar[str] = "dts_as"
     processes: ClassVar[tuple[str, ...]] = ("interpolant",)
+    own_head: ClassVar[str] = HEAD
+    foreign_head: ClassVar[str] = "ap_head"
+    foreign_arguments: ClassVar[tuple[str, ...]] = ("teacher_t", "teacher_mask", "full_sample_prob")
     exclusive: ClassVar[str] = "the times of tokens and what the teacher sees"
 
     def __post_init__(self) -> None:

@@ -102,6 +102,12 @@ class Method:
     """Names of its metrics that are not `<name>/<metric>`."""
     processes: ClassVar[tuple[str, ...]] = ("interpolant", "gaussian")
     """Names of the noise processes for which it is defined."""
+    own_head: ClassVar[str] = ""
+    """Name of its head's parameters, where that is `heads.Head` and its authors' checkpoints have it."""
+    foreign_head: ClassVar[str] = ""
+    """How the names of that head's tensors begin in its authors' checkpoints."""
+    foreign_arguments: ClassVar[tuple[str, ...]] = ()
+    """Arguments that its authors' checkpoints carry, and no other method's."""
     exclusive: ClassVar[str] = ""
     """What it decides alone, so that two methods which do cannot be summed, in words for a message."""
 

@@ -46,6 +46,8 @@ class SelfFlow(Method):
 
     name: ClassVar[str] = "self_flow"
     processes: ClassVar[tuple[str, ...]] = ("interpolant",)
+    own_head: ClassVar[str] = HEAD
+    foreign_head: ClassVar[str] = "projector"
     exclusive: ClassVar[str] = "the times of tokens and what the teacher sees"
 
     @property

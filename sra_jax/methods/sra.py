@@ -77,6 +77,8 @@ class Alignment(Method):
         "loss": "loss_alignment", "weight": "alignment_weight", "student_norm": "student_feature_norm",
         "target_norm": "teacher_feature_norm",
     }  # fmt: skip
+    own_head: ClassVar[str] = "head"
+    foreign_head: ClassVar[str] = "ap_head"
     exclusive: ClassVar[str] = "what the teacher sees"
 
     @property

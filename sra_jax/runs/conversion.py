@@ -19,9 +19,10 @@ from ml_collections import ConfigDict
 from sra_jax import config as config_lib
 from sra_jax import files
 from sra_jax.errors import UserError
-from sra_jax.interop.families import Contents, from_original_sit
-from sra_jax.interop.pytorch import Tree, insert, leaf_from_pytorch, leaves, pytorch_from_params
+from sra_jax.interop.families import REVERSED, Contents, from_original_sit, to_original_sit
+from sra_jax.interop.pytorch import SRA_HEAD, Tree, insert, leaf_from_pytorch, leaves, pytorch_from_params
 from sra_jax.interop.tensor_files import TensorFile
+from sra_jax.methods.registry import METHODS
 from sra_jax.models.transformer import TransformerConfig
 from sra_jax.runs import CONFIG, TREES
 from sra_jax.runs.state import Networks, make_optimizer
@@ -35,18 +36,20 @@ WRITING_GIGABYTES = 1
 
 
 def read_tree(file: TensorFile, group: str, contents: Contents) -> Tree:
-    """A group of a file's tensors as a parameter tree, {"model": ...} and, where it is there, "head"; float32.
+    """A group of a file's tensors as a parameter tree, {"model": ...} and the method's head where it is there; float32.
 
-    The original SiT's tensors are changed to our time and velocity; its moments cannot be.
+    Tensors under the original SiT's time are changed to our time and velocity; their moments cannot be.
     """
     network = contents.network
     tree: Tree = {}
     for path, names in leaves(network.depth, contents.head):
-        tensors = _read_few(file, group, names)
-        if contents.family == "sit_original":
+        tensors = _read_few(file, group, [contents.in_file(name) for name in names])
+        if contents.family in REVERSED:
             tensors = (from_original_sit(name, t, network) for name, t in zip(names, tensors, strict=True))
         insert(tree, path, jax.numpy.asarray(leaf_from_pytorch(path, tensors, network.depth, network.heads)))
         _return_memory()
+    if contents.head:
+        tree[METHODS[contents.method].own_head] = tree.pop("head")
     return tree
 
 
@@ -60,7 +63,8 @@ def check_config(config: ConfigDict, contents: Contents) -> None:
     """Raises `UserError` where a run's config does not describe the network of a file."""
     config_lib.check(config)
     wanted, found = config_lib.transformer_of(config), contents.network
-    outputs = found.channels if contents.family == "sit_original" else found.output_channels
+    outputs = found.channels if contents.family in REVERSED else found.output_channels
+    heads, head = set(config_lib.methods_of(config).heads(wanted)), METHODS[contents.method].own_head
     pairs = {
         "model.depth": (wanted.depth, found.depth), "model.width": (wanted.width, found.width),
         "model.heads": (wanted.heads, found.heads), "model.patch": (wanted.patch, found.patch),
@@ -69,9 +73,7 @@ def check_config(config: ConfigDict, contents: Contents) -> None:
         "data.num_classes": (wanted.num_classes, found.num_classes),
         "model.null_label": (wanted.null_label, found.null_label),
         "output channels (process.name)": (wanted.output_channels, outputs),
-        "a head (method.name=sra, alignment.head)": (
-            "head" in config_lib.methods_of(config).heads(wanted), contents.head,
-        ),
+        f"the head of {contents.method} (method.name)": (head in heads, contents.head),
     }  # fmt: skip
     wrong = [f"{key}: {asked} in the config, {has} in the file" for key, (asked, has) in pairs.items() if asked != has]
     if wrong:
@@ -102,7 +104,7 @@ def import_checkpoint(
     ema = "ema" if "ema" in file.groups else "params"
     if fresh_optimizer or "mu" not in file.groups:
         fate = "started anew" if fresh_optimizer else "not in the file: started anew"
-    elif contents.family == "sit_original":
+    elif contents.family in REVERSED:
         fate = "started anew: its second moments do not survive the change of time"
         fresh_optimizer = True
     else:
@@ -189,12 +191,13 @@ def _return_memory() -> None:
         trim(0)
 
 
+SELF_FLOW_HEAD = METHODS["self_flow"].foreign_head
 PURPOSES = ("training", "sampling")
 """What an export is for: the authors' training code wants the projection head, their sampling the network alone."""
 
 
 def export_checkpoint(
-    workdir: Path, step: int | None, weights: str, output: Path, purpose: str | None = None
+    workdir: Path, step: int | None, weights: str, output: Path, purpose: str | None = None, family: str = "auto"
 ) -> tuple[int, str]:
     """Write a run's weights under the authors' names, with the position table, as `load_state_dict` takes them.
 
@@ -204,12 +207,15 @@ def export_checkpoint(
       weights: "ema", "params" or "both".
       output: .safetensors, a bare state dict of one of the two; or .pt, a dict with `ema` and/or `model`, and `steps`.
       purpose: one of `PURPOSES`; None writes all that was trained.
+      family: whose names, time and channels: "sit" or "dit" as the run's process has it, a name of `REVERSED`, or
+        "auto": self_flow where the run has its head, else sit or dit.
 
     Returns:
       The step, and what loads the file.
 
     Raises:
-      UserError: no such run or step, another suffix, both trees for safetensors, or no head to train on with.
+      UserError: no such run or step, another suffix, both trees for safetensors, no head to train on with, or a family
+        that the run's process does not fit.
     """
     if output.suffix not in (".safetensors", ".pt"):
         raise UserError(f"--output={output} must end in .pt or .safetensors")
@@ -218,26 +224,48 @@ def export_checkpoint(
     groups: dict[str, dict[str, np.ndarray]] = {}
     for tree in ("params", "ema") if weights == "both" else (weights,):
         model = TrainedModel(workdir, step, tree)
-        params = {part: values for part, values in model.params.items() if part != "head" or purpose != "sampling"}
+        params, theirs = _under_their_names(model.params, purpose)
         if purpose == "training" and "head" not in params:
             raise UserError(
                 f"--export_for=training needs a projection head, which the run at {workdir} did not train: "
                 "--export_for=sampling"
             )
         network = config_lib.transformer_of(model.config)
-        groups["model" if tree == "params" else tree] = pytorch_from_params(
-            params, network.channels, network.input_size
-        )
+        own = "sit" if model.config.process.name == "interpolant" else "dit"
+        chosen = ("self_flow" if theirs == SELF_FLOW_HEAD else own) if family == "auto" else family
+        if chosen not in (own, *REVERSED) or (chosen in REVERSED and own == "dit"):
+            raise UserError(f"--family={family} does not fit the run at {workdir}, which is a {own}")
+        tensors = pytorch_from_params(params, network.channels, network.input_size)
+        if chosen in REVERSED:
+            flat = chosen == "self_flow"
+            tensors = {name: to_original_sit(name, tensor, network, flat) for name, tensor in tensors.items()}
+        tensors = {name.replace(f"{SRA_HEAD}.", f"{theirs}.", 1): tensor for name, tensor in tensors.items()}
+        groups["model" if tree == "params" else tree] = tensors
     if output.suffix == ".safetensors":
         (tensors,) = groups.values()
         files.write_results({output: lambda path: files.write_safetensors(path, tensors)})
     else:
         files.write_results({output: lambda path: _torch_save(groups, model.step, path)})
-    return model.step, loads(network, "head" in params)
+    return model.step, loads(network, "head" in params, chosen)
 
 
-def loads(network: TransformerConfig, head: bool) -> str:
+def _under_their_names(params: Tree, purpose: str | None) -> tuple[Tree, str]:
+    """The network and, unless it is for sampling, the head that a checkpoint of the method's authors has, here under
+    the name of SRA's; and how the head's tensors begin there."""
+    kept: Tree = {"model": params["model"]}
+    for method in METHODS.values():
+        if method.own_head and method.own_head in params:
+            if purpose != "sampling":
+                kept["head"] = params[method.own_head]
+            return kept, method.foreign_head
+    return kept, SRA_HEAD
+
+
+def loads(network: TransformerConfig, head: bool, family: str) -> str:
     """Which of the authors' classes take a state dict of this network, and how strictly."""
+    if family in REVERSED:
+        names = "Self-Flow's class" if family == "self_flow" else "the original SiT's class"
+        return f"{'with' if head else 'without'} a head: {names} with {2 * network.channels} output channels takes it"
     if head:
         return "with ap_head: SRA's own classes load it with strict=True, others without ap_head"
     if network.output_channels == 2 * network.channels:

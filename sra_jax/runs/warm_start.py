@@ -62,6 +62,6 @@ def start_from(config: ConfigDict, state: TrainState) -> tuple[TrainState, str]:
     finally:
         checkpoints.close()
     params = {name: taken.get(name, own) for name, own in state.params.items()}
-    head = " and its head" if "head" in taken and "head" in params else ""
+    head = " and its head" if any(name != "model" and name in taken for name in params) else ""
     message = f"starting from the EMA{head} of step {step} in {workdir}"
     return dataclasses.replace(state, params=params, ema=jax.tree.map(jnp.copy, params)), message

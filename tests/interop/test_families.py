@@ -11,7 +11,7 @@ from flax import nnx
 
 from configs import common
 from sra_jax.errors import UserError
-from sra_jax.interop.families import arguments_to_config, describe, from_original_sit
+from sra_jax.interop.families import arguments_to_config, describe, from_original_sit, to_original_sit
 from sra_jax.interop.pytorch import expected_shapes, params_from_pytorch, pytorch_from_params
 from sra_jax.models.transformer import Transformer, TransformerConfig
 from tests.interop.random_tensors import TINY, random_tensors, shapes
@@ -222,3 +222,60 @@ def test_original_sit_runs_backwards_in_time(outputs):
     actual = predict(ours, changed, x, t, y)
     assert np.abs(np.asarray(expected - predict(theirs, tensors, x, t, y)[..., :4])).max() > 1e-2
     np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
+
+
+def as_self_flow(tensors, network):
+    """Tensors under our time as Self-Flow's checkpoints have them, computed independently of the product: the head's
+    name, patches as vectors, and 2C output channels of which the last C are random."""
+    generator = np.random.default_rng(7)
+    result = {}
+    for name, tensor in tensors.items():
+        name = name.replace("ap_head.", "projector.")
+        if name == "x_embedder.proj.weight":
+            tensor = tensor.reshape(len(tensor), -1)
+        if name.startswith("final_layer.linear."):
+            tensor = tensor.reshape(network.patch**2, network.channels, *tensor.shape[1:])
+            unused = generator.normal(size=tensor.shape).astype(np.float32)
+            tensor = np.concatenate([-tensor, unused], axis=1).reshape(-1, *tensor.shape[2:])
+        result[name] = tensor
+    return result
+
+
+def test_self_flow_s_names_time_and_channels():
+    """f(x, t) = -g(x, 1 - t) of a network that was released for the opposite time, and back again."""
+    tensors = random_tensors(0)
+    network = describe(Header({name: x.shape for name, x in tensors.items()}), "auto", 4, common.SIZES).network
+    released = as_self_flow(tensors, network)
+    contents = describe(Header({name: x.shape for name, x in released.items()}), "auto", 4, common.SIZES)
+    assert (contents.family, contents.method, contents.head) == ("self_flow", "self_flow", True)
+    assert contents.in_file("ap_head.linear1.weight") == "projector.linear1.weight"
+    assert contents.network == dataclasses.replace(network, output_channels=2 * network.channels)
+    ours = {
+        name.replace("projector.", "ap_head."): from_original_sit(name, tensor, contents.network)
+        for name, tensor in released.items()
+    }
+    shape = dataclasses.replace(contents.network, output_channels=network.channels)
+    x, y = jax.random.normal(jax.random.key(1), (2, 8, 8, 4)), jnp.array([1, 3])
+
+    def predict(tensors, t):
+        params = jax.tree.map(jnp.asarray, params_from_pytorch(tensors, 4)["model"])
+        graphdef = nnx.graphdef(nnx.eval_shape(lambda: Transformer(shape, rngs=nnx.Rngs(0))))
+        return nnx.merge(graphdef, params)(x, t, y)[0]
+
+    t = jnp.array([0.25, 0.5])
+    reversed_net = dict(tensors)
+    np.testing.assert_allclose(predict(ours, t), predict(reversed_net, 1 - t), atol=2e-5)
+    again = {name: to_original_sit(name, tensor, shape, flat_patches=True) for name, tensor in ours.items()}
+    for name, tensor in again.items():
+        if not name.startswith("final_layer.linear."):
+            np.testing.assert_allclose(tensor, released[name.replace("ap_head.", "projector.")], atol=1e-6)
+
+
+def test_whose_head_it_is():
+    """DTS+AS names its head as SRA does; its arguments, or the user, tell."""
+    assert describe(header(), "auto", 4, common.SIZES).method == "sra"
+    told = header(arguments={"teacher_t": "sra", "block_out_s": 2, "block_out_t": 3})
+    assert describe(told, "auto", 4, common.SIZES).method == "dts_as"
+    assert describe(header(), "auto", 4, common.SIZES, method="dts_as").method == "dts_as"
+    values, _ = arguments_to_config(told.arguments, "method.dts_as")
+    assert values == {"method.dts_as.student_block": 2, "method.dts_as.teacher_block": 3}

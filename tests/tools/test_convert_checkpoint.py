@@ -35,7 +35,7 @@ def imported(exported, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("imported") / "run"
     done = run(TOOL, f"--checkpoint={exported}", f"--workdir={workdir}", *DEMO, "--config.steps=4")
     assert "sit (1 output channels), 3 blocks, width 32, 2 heads, patch 2" in done.stdout
-    assert "with SRA's head" in done.stdout
+    assert "with the head of sra" in done.stdout
     assert "optimizer state: not in the file" in done.stdout
     return workdir
 
@@ -72,6 +72,27 @@ def test_training_goes_on_where_the_file_stopped(imported, tmp_path):
     done = run("main.py", *DEMO, "--config.steps=4", f"--workdir={workdir}")
     assert f"resuming {workdir} at step 0" in done.stdout
     assert (workdir / "checkpoints" / "4").is_dir()
+
+
+@pytest.mark.parametrize(("method", "head"), [("self_flow", "projector.linear1"), ("dts_as", "ap_head.linear1")])
+def test_siblings_go_out_under_their_authors_names_and_come_in_again(method, head, tmp_path):
+    """Self-Flow's time and channels are the original SiT's: one rounding each way."""
+    flags = (
+        f"--config=configs/digits.py:{method}", *DEMO[1:], "--config.steps=2",
+        f"--config.method.{method}.student_block=1", f"--config.method.{method}.teacher_block=2",
+    )  # fmt: skip
+    run("main.py", *flags, f"--workdir={tmp_path / 'run'}")
+    output = tmp_path / "ema.safetensors"
+    run(TOOL, f"--workdir={tmp_path / 'run'}", "--export=ema", f"--output={output}")
+    names = load_file(output)
+    assert f"{head}.weight" in names
+    assert names["x_embedder.proj.weight"].ndim == (2 if method == "self_flow" else 4)
+    done = run(TOOL, f"--checkpoint={output}", f"--workdir={tmp_path / 'again'}", f"--method={method}", *flags)
+    assert f"with the head of {method}" in done.stdout
+    before, after = TrainedModel(tmp_path / "run").params, TrainedModel(tmp_path / "again").params
+    assert jax.tree.structure(before) == jax.tree.structure(after)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), before, after)
+    run(TOOL, f"--workdir={tmp_path / 'run'}", "--export=ema", "--family=dit", f"--output={tmp_path / 'x.pt'}", code=2)
 
 
 def test_a_new_run_starts_from_the_ema_of_another(tiny_run, tmp_path):
