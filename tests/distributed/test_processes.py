@@ -106,6 +106,7 @@ def test_two_processes_train_as_one(together, alone):
     assert_same_losses(together, alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("devices", "mesh"),
     [(1, ()), (4, ("--config.mesh.fsdp=4",)), (8, ("--config.mesh.fsdp=2", "--config.mesh.model=2"))],

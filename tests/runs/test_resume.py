@@ -58,6 +58,8 @@ def resume(workdir):
     return run("main.py", *TINY_DIGITS, f"--workdir={workdir}").stdout
 
 
+@pytest.mark.slow
+@pytest.mark.faults
 def test_killed_at_a_random_moment(tiny_run, tmp_path):
     """Some time after the first checkpoint."""
     seed = random.randrange(2**32)
@@ -75,6 +77,8 @@ def test_killed_at_a_random_moment(tiny_run, tmp_path):
     assert_same_run(tmp_path, tiny_run)
 
 
+@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.parametrize("saved_before", [0, 1])
 def test_killed_during_a_save(tiny_run, tmp_path, saved_before):
     """With nothing saved yet, and while a later checkpoint is being written."""

@@ -58,6 +58,8 @@ def test_saved_samples_measure_the_same(measured):
         assert again[name] == pytest.approx(result[name], rel=1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.faults
 def test_killed_generation_goes_on_where_it_stopped(measured, workdir):
     """SIGKILL once the first chunk is kept: the second attempt reads it and gives the same numbers."""
     arguments = ("tools/fid.py", f"--workdir={workdir}", "--num_samples=1100", *FAST)

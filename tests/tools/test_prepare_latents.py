@@ -75,6 +75,8 @@ def test_images_become_latents(image_folder, tiny_vae, flags, tmp_path):
     assert f"{damaged} has another checksum" in run("--verify", f"--output={output}", code=4).stderr
 
 
+@pytest.mark.slow
+@pytest.mark.faults
 def test_a_killed_preparation_goes_on_to_the_same_bytes(flags, tmp_path):
     flags = [*flags, "--shard_size=1"]
     run(*flags, f"--output={tmp_path / 'whole'}")
