@@ -5,6 +5,7 @@ vectors lie side by side. `features.json` describes them. Any encoder and any fr
 one NumPy array an example.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -18,6 +19,7 @@ from array_record.python import array_record_module
 
 from sra_jax import files
 from sra_jax.data import record_files, shards
+from sra_jax.data.image_files import is_system_name
 from sra_jax.errors import UserError
 
 FORMAT = "sra-jax features, version 1"
@@ -90,7 +92,7 @@ class Arrays:
 
 
 def _hidden(path: Path) -> bool:
-    return any(part.startswith((".", "@", "__")) for part in path.parts)
+    return any(map(is_system_name, path.parts))
 
 
 def _opened(path: Path) -> np.ndarray:
@@ -113,13 +115,12 @@ def read(folder: str | os.PathLike) -> Features | None:
         values = json.loads(path.read_text())
         if values["format"] != FORMAT:
             raise ValueError(f"its format is {values['format']!r}, this version reads {FORMAT!r}")
-        if any(Path(shard["file"]).name != shard["file"] for shard in values["shards"]):
-            raise ValueError("a shard outside of the folder")
-        return Features(
-            int(values["tokens"]), tuple(map(int, values["widths"])), tuple(map(str, values["sources"])),
-            tuple(shards.Shard(**shard) for shard in values["shards"]),
-        )  # fmt: skip
-    except (ValueError, KeyError, TypeError, OSError) as error:
+        tokens = shards.whole("tokens", values["tokens"], 1, 2**24)
+        widths = tuple(shards.whole("widths", width, 1, 2**24) for width in values["widths"])
+        described = Features(tokens, widths, tuple(map(str, values["sources"])), ())
+        stored = tuple(shards.read_shard(given, described.record_bytes) for given in values["shards"])
+        return dataclasses.replace(described, shards=stored)
+    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
         raise UserError(
             f"{path} does not describe stored features ({error!r}): make them with tools/prepare_latents.py --features"
         ) from error
@@ -207,9 +208,11 @@ def _write_shard(
     note = folder / shards.PROGRESS_FOLDER / f"{path.stem}.json"
     source = [str(those.path) for those in arrays]
     if path.is_file() and note.is_file():
-        kept = json.loads(note.read_text())
-        if kept["sources"] == source and kept["shard"]["bytes"] == path.stat().st_size:
-            return shards.Shard(**kept["shard"])
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):  # damaged: made again
+            kept = json.loads(note.read_text())
+            shard = shards.read_shard(kept["shard"], record_bytes)
+            if kept["sources"] == source and (shard.file, shard.bytes) == (path.name, path.stat().st_size):
+                return shard
     with files.whole(path) as unfinished:
         writer = array_record_module.ArrayRecordWriter(str(unfinished), record_files.WRITER_OPTIONS)
         try:
@@ -217,9 +220,11 @@ def _write_shard(
                 parts = [_checked(those, index, shape) for those, shape in zip(arrays, shapes, strict=True)]
                 record = np.concatenate(parts, axis=1).tobytes()
                 assert len(record) == record_bytes
-                writer.write(record)
+                with shards.disk(path):
+                    writer.write(record)
         finally:
-            writer.close()
+            with shards.disk(path):
+                writer.close()
         shard = shards.Shard(path.name, len(indices), unfinished.stat().st_size, shards.file_sha256(unfinished))
     files.write_text(note, json.dumps({"sources": source, "shard": dataclasses.asdict(shard)}))
     return shard
@@ -241,9 +246,10 @@ class WithFeatures:
         self._latents, self._stored = latents, stored
         root = Path(folder).expanduser()
         filled = [shard for shard in stored.shards if shard.examples]
-        self._paths = [str(root / shard.file) for shard in filled]
         self._ends = np.cumsum([shard.examples for shard in filled])
-        self._files: dict[int, record_files.RecordFile] = {}
+        self._files = record_files.OpenFiles(
+            [str(root / shard.file) for shard in filled], [shard.examples for shard in filled], stored.record_bytes
+        )
         for shard in filled:
             path = root / shard.file
             if not path.is_file() or path.stat().st_size != shard.bytes:
@@ -251,15 +257,16 @@ class WithFeatures:
         if not len(filled) or self._ends[-1] != len(latents):
             raise UserError(f"{root / FILE} speaks of another number of examples than the latents: store them again")
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": {}}
-
     def __len__(self) -> int:
         return len(self._latents)
 
     def __getitem__(self, index: int) -> Mapping[str, np.ndarray]:
         """One example."""
         return {**self._latents[index], "features": self._read(np.array([index]))[0]}
+
+    def where(self, index: int) -> str:
+        """The place of an example, for messages."""
+        return self._latents.where(index)
 
     def read_batch(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
         """The examples at `indices` (B,), stacked."""
@@ -270,14 +277,9 @@ class WithFeatures:
         starts = np.concatenate([[0], self._ends[:-1]])
         rows = np.empty((len(indices), self._stored.record_bytes), np.uint8)
         try:
-            opened = [self._file(number, starts) for number in numbers.tolist()]
-            record_files.read_records(opened, indices - starts[numbers], [rows])
+            self._files.read(numbers, indices - starts[numbers], [rows])
+        except record_files.TooManyOpenFilesError as error:
+            raise UserError(str(error)) from error
         except record_files.UnreadableFileError as error:
             raise UserError(f"{error}: delete {FILE} and store the features again") from error
         return rows.view(DTYPE).reshape(len(indices), *self._stored.shape)
-
-    def _file(self, number: int, starts: np.ndarray) -> record_files.RecordFile:
-        if number not in self._files:
-            records = int(self._ends[number] - starts[number])
-            self._files[number] = record_files.RecordFile(self._paths[number], records, self._stored.record_bytes)
-        return self._files[number]

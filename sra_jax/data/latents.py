@@ -3,8 +3,6 @@
 Every step samples the posterior anew, on the device: x0 = ((mean + std * noise) - shift) * scale.
 """
 
-import collections
-import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,29 +27,16 @@ class LatentSource:
     """Random access to the examples of a folder of latents; picklable, files are opened when they are first read.
 
     An example is `mean` and `std` (H,W,C) in the manifest's dtype and `label` () int32. Threads may share a source.
-    Of a set with more shards than a process may have files open, those that were not read for longest are closed.
     """
 
     def __init__(self, folder: str, manifest: shards.Manifest):
         filled = [shard for shard in manifest.shards if shard.examples]
         self._layout = manifest.layout
         self._num_classes = manifest.num_classes
-        self._paths = [str(Path(folder).expanduser() / shard.file) for shard in filled]
         self._ends = np.cumsum([shard.examples for shard in filled])
         self._starts = self._ends - [shard.examples for shard in filled]
-        self._start()
-
-    def _start(self) -> None:
-        self._files: collections.OrderedDict[int, record_files.RecordFile] = collections.OrderedDict()
-        self._lock = threading.Lock()
-        self._room: int | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_files", "_lock", "_room")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._start()
+        paths = [str(Path(folder).expanduser() / shard.file) for shard in filled]
+        self._files = record_files.OpenFiles(paths, [shard.examples for shard in filled], manifest.layout.record_bytes)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -60,7 +45,7 @@ class LatentSource:
         """One example, its stored hash checked; a UserError names the shard of a record that cannot be read."""
         (shard,), (record,) = self._locate(np.array([index]))
         try:
-            example = self._layout.from_bytes(self._file(int(shard)).read(int(record)))
+            example = self._layout.from_bytes(self._files[int(shard)].read(int(record)))
         except record_files.UnreadableFileError as error:
             raise _unreadable(error) from error
         self._check_labels([index], example["label"])
@@ -69,7 +54,7 @@ class LatentSource:
     def where(self, index: int) -> str:
         """The place of an example: its shard, its record there and its number in the set."""
         (shard,), (record,) = self._locate(np.array([index]))
-        return f"{self._paths[shard]}, record {record} (example {index})"
+        return f"{self._files.paths[shard]}, record {record} (example {index})"
 
     def read_batch(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
         """The examples at `indices` (B,), stacked: `mean` and `std` (B,H,W,C), `label` (B,) int32.
@@ -82,14 +67,8 @@ class LatentSource:
         """
         shard, records = self._locate(np.asarray(indices))
         parts = self._layout.empty_parts(len(shard))
-        # where not all files may be open, those of one part of the batch are, and a thread keeps them from being closed
-        room = self._files_at_once()
-        step = len(shard) if room >= len(self._paths) else max(1, room // 4)
         try:
-            for start in range(0, len(shard), step):
-                rows = slice(start, start + step)
-                files = [self._file(number) for number in shard[rows].tolist()]
-                record_files.read_records(files, records[rows], [part[rows] for part in parts])
+            self._files.read(shard, records, parts)
         except record_files.UnreadableFileError as error:
             raise _unreadable(error) from error
         batch = self._layout.from_parts(*parts)
@@ -105,40 +84,12 @@ class LatentSource:
                 f"{self._num_classes - 1}: find out with tools/prepare_latents.py --verify which shards are damaged"
             )
 
-    def _files_at_once(self) -> int:
-        if self._room is None:
-            self._room = record_files.room_for_files(len(self._paths))
-        return self._room
-
     def _locate(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The shard and the record in it of each index."""
         if indices.min() < 0 or indices.max() >= len(self):
             raise IndexError(f"indices from {indices.min()} to {indices.max()} of a set with {len(self)} examples")
         shard = np.searchsorted(self._ends, indices, side="right")
         return shard, indices - self._starts[shard]
-
-    def _file(self, shard: int) -> record_files.RecordFile:
-        with self._lock:
-            file = self._files.get(shard)
-            if file is not None:
-                self._files.move_to_end(shard)
-                return file
-        try:
-            file = self._open(shard)
-        except record_files.TooManyOpenFilesError:  # others in this process need more than was left to them
-            with self._lock:
-                self._files.clear()
-            file = self._open(shard)
-        with self._lock:
-            # two threads may both open the file: the later one stays, the other one closes with its last use
-            self._files[shard] = file
-            while len(self._files) > self._files_at_once():
-                self._files.popitem(last=False)
-        return file
-
-    def _open(self, shard: int) -> record_files.RecordFile:
-        records = int(self._ends[shard] - self._starts[shard])
-        return record_files.RecordFile(self._paths[shard], records, self._layout.record_bytes)
 
 
 def _unreadable(error: record_files.UnreadableFileError) -> UserError:

@@ -11,11 +11,15 @@ file that is opened is checked for that against ArrayRecord's own reader; a file
 with the latter.
 """
 
+import collections
+import contextlib
 import errno
 import os
 import resource
+import threading
 import weakref
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from array_record.python import array_record_module
@@ -51,7 +55,7 @@ class TooManyOpenFilesError(UnreadableFileError):
 
 
 def room_for_files(wanted: int) -> int:
-    """How many of `wanted` record files a process may keep open, half of what is left to it being for all else.
+    """How many of `wanted` record files one set may keep open: with a quarter of the descriptors that are left.
 
     The soft limit is raised as far as it goes: many systems start with 1,024 and allow more.
     """
@@ -60,11 +64,13 @@ def room_for_files(wanted: int) -> int:
         used = len(os.listdir("/dev/fd"))
     except OSError:  # not even this may be opened
         used = soft
-    needed = used + 2 * _DESCRIPTORS * wanted
+    needed = used + 4 * _DESCRIPTORS * wanted
     if soft != resource.RLIM_INFINITY and soft < needed:
         soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return wanted if soft == resource.RLIM_INFINITY else max(1, min(wanted, (soft - used) // (2 * _DESCRIPTORS)))
+    if soft == resource.RLIM_INFINITY:
+        return wanted
+    return max(1, min(wanted, (soft - used) // (4 * _DESCRIPTORS)))
 
 
 class RecordFile:
@@ -125,6 +131,77 @@ class RecordFile:
                 self.path, f"record {record} has {len(content)} bytes instead of {self._record_bytes}"
             )
         return content
+
+
+class OpenFiles:
+    """The record files of a set, each opened when it is first read; picklable, threads may share it.
+
+    Of more files than a process may have open, those that were not read for longest are closed.
+
+    Args:
+      paths: of the files.
+      counts: records in each.
+      record_bytes: of every record.
+    """
+
+    def __init__(self, paths: Sequence[str], counts: Sequence[int], record_bytes: int):
+        self.paths = tuple(paths)
+        self._counts, self._record_bytes = tuple(map(int, counts)), record_bytes
+        self._start()
+
+    def _start(self) -> None:
+        self._files: collections.OrderedDict[int, RecordFile] = collections.OrderedDict()
+        self._lock = threading.Lock()
+        self._room: int | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_files", "_lock", "_room")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._start()
+
+    def __getitem__(self, number: int) -> RecordFile:
+        """File `number`, open.
+
+        Raises:
+          UnreadableFileError: as `RecordFile` does.
+        """
+        with self._lock:
+            file = self._files.get(number)
+            if file is not None:
+                self._files.move_to_end(number)
+                return file
+        with contextlib.suppress(TooManyOpenFilesError):
+            file = self._open(number)
+        if file is None:  # others in this process need more than was left to them
+            with self._lock:
+                self._files.clear()
+            file = self._open(number)
+        with self._lock:
+            # two threads may both open the file: the later one stays, the other one closes with its last use
+            self._files[number] = file
+            while len(self._files) > self._most():
+                self._files.popitem(last=False)
+        return file
+
+    def _open(self, number: int) -> RecordFile:
+        return RecordFile(self.paths[number], self._counts[number], self._record_bytes)
+
+    def _most(self) -> int:
+        if self._room is None:
+            self._room = room_for_files(len(self.paths))
+        return self._room
+
+    def read(self, numbers: np.ndarray, records: np.ndarray, parts: Sequence[np.ndarray]) -> None:
+        """`read_records` of record `records[i]` of file `numbers[i]`, for each i; so many at a time as may be open."""
+        step = len(numbers) if self._most() >= len(self.paths) else max(1, self._most() // 4)
+        for start in range(0, len(numbers), step):
+            rows = slice(start, start + step)
+            # nothing else holds these files: they are closed when the next ones need their descriptors
+            read_records(
+                [self[number] for number in numbers[rows].tolist()], records[rows], [part[rows] for part in parts]
+            )
 
 
 def _unopened(path: str, error: OSError) -> UnreadableFileError:

@@ -164,11 +164,11 @@ class Manifest:
                 raise ValueError(f"its format is {values['format']!r}, this version reads {FORMAT!r}")
             if values["dtype"] not in DTYPES:
                 raise ValueError(f"dtype {values['dtype']!r} is none of {', '.join(DTYPES)}")
-            shape = tuple(_whole("latent_shape", side, 1, 2**16) for side in values["latent_shape"])
+            shape = tuple(whole("latent_shape", side, 1, 2**16) for side in values["latent_shape"])
             if len(shape) != 3:
                 raise ValueError(f"latent_shape {shape} is not height, width, channels")
             layout = RecordLayout(shape, values["dtype"])
-            num_classes = _whole("num_classes", values["num_classes"], 1, 2**31 - 1)
+            num_classes = whole("num_classes", values["num_classes"], 1, 2**31 - 1)
             vae_config = vae_interop.config_from_json(json.dumps(values["vae"]["config"]), where)
             if values["vae"]["scaling_factor"] != vae_config.scaling_factor:
                 raise ValueError(
@@ -178,7 +178,7 @@ class Manifest:
             names = values["class_names"]
             if names is not None and (len(names) != num_classes or not all(isinstance(name, str) for name in names)):
                 raise ValueError(f"class_names are not {num_classes} names")
-            shards = tuple(_shard(given, layout) for given in values["shards"])
+            shards = tuple(read_shard(given, layout.record_bytes) for given in values["shards"])
             if len({shard.file for shard in shards}) < len(shards):
                 raise ValueError("it names a shard twice")
             return cls(
@@ -199,19 +199,24 @@ class Manifest:
             ) from error
 
 
-def _whole(what: str, value: Any, low: int, high: int) -> int:
+def whole(what: str, value: Any, low: int, high: int) -> int:
+    """`value`, read from JSON, if it is a whole number from low to high; else a ValueError that names it `what`."""
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise ValueError(f"{what} {value!r} is no whole number from {low} to {high}")
     return value
 
 
-def _shard(given: Any, layout: RecordLayout) -> Shard:
-    """A shard as a manifest or a preparation's progress names it: a file of the folder itself, large enough."""
+def read_shard(given: Any, record_bytes: int) -> Shard:
+    """A shard as a manifest or a preparation's progress names it: a file of the folder itself, large enough.
+
+    Raises:
+      ValueError, TypeError: it is something else.
+    """
     shard = Shard(**given)
     if not isinstance(shard.file, str) or PurePath(shard.file).name != shard.file or shard.file in ("", ".", ".."):
         raise ValueError(f"the shard {shard.file!r} is no file of this folder")
-    _whole(f"{shard.file}: bytes", shard.bytes, 0, 2**62)
-    _whole(f"{shard.file}: examples", shard.examples, 0, shard.bytes // layout.record_bytes)
+    whole(f"{shard.file}: bytes", shard.bytes, 0, 2**62)
+    whole(f"{shard.file}: examples", shard.examples, 0, shard.bytes // record_bytes)
     if not isinstance(shard.sha256, str):
         raise ValueError(f"{shard.file} has no checksum")
     return shard
@@ -300,7 +305,7 @@ def _size_problem(folder: str | os.PathLike, shard: Shard) -> str | None:
 
 
 @contextlib.contextmanager
-def _disk(path: Path) -> Iterator[None]:
+def disk(path: Path) -> Iterator[None]:
     """Turns ArrayRecord's word for a disk that is full or away into one that says what to do."""
     try:
         yield
@@ -397,7 +402,7 @@ class ShardWriter:
             return None
         try:
             values = json.loads(self._done_path(index).read_text())
-            shard = _shard(values["shard"], self.layout)
+            shard = read_shard(values["shard"], self.layout.record_bytes)
             skipped = [(str(name), str(reason)) for name, reason in values["skipped"]]
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None  # a damaged record of a shard: it is made again
@@ -419,11 +424,11 @@ class ShardWriter:
         number = 0
         try:
             for moments, label in examples:
-                with _disk(path):
+                with disk(path):
                     writer.write(self.layout.to_bytes(moments, label))
                 number += 1
         finally:
-            with _disk(path):
+            with disk(path):
                 writer.close()
         shard = Shard(path.name, number, partial.stat().st_size, file_sha256(partial))
         os.replace(partial, path)
