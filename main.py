@@ -6,10 +6,11 @@ Every value of a recipe is a flag: --config.steps, --config.batch_size (over all
 what a command would run. The same command on a workdir that holds a run goes on where it stopped.
 
 On TPU pods, and where srun, mpirun or an indexed Kubernetes job starts one process a host, the processes find each
-other; elsewhere start each with --coordinator_address=HOST:PORT --num_processes=N --process_id=I. SIGTERM finishes the
-step, saves and exits with code 75.
+other; elsewhere start each with --coordinator_address=HOST:PORT --num_processes=N --process_id=I. SIGTERM and Ctrl-C
+finish the step and save; the same command goes on from there. docs/reliability.md says what else a run survives.
 
-Exit codes: 0 done, 1 the run failed (a loss that is not finite), 2 bad input, 75 preempted: saved, start it again.
+Exit codes: 0 done, 1 the run failed (a loss that is not finite, a full disk), 2 bad input, 75 SIGTERM and 130 Ctrl-C:
+saved, start it again.
 
 Examples:
 

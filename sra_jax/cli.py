@@ -6,14 +6,18 @@ Flags that hold numbers and paths are defined here, so that all are read in one 
 
 import difflib
 import errno
+import os
 import sys
+import threading
+import traceback
 from collections.abc import Callable, Sequence
+from types import TracebackType
 from typing import Any
 
 from absl import app, flags, logging
 
 from sra_jax import values
-from sra_jax.errors import Preempted, RunError, UserError
+from sra_jax.errors import Interrupted, Preempted, RunError, UserError
 
 flags.disclaim_key_flags()  # they belong to the command that defines them, and stand in its --help
 
@@ -42,12 +46,14 @@ def run(main: Callable[[], int | None], argv: list[str] | None = None) -> None:
 
     `--help` shows the docstring of the command's file, its flags and, last, its examples, and exits with code 0;
     `--helpfull` shows the flags of all libraries, too. A `UserError` from `main`, an unknown flag and an unknown config
-    key print their message to stderr and exit with code 2, a `RunError` with code 1, a `Preempted` with code 75.
+    key print their message to stderr and exit with code 2, a `RunError` with code 1, a `Preempted` with code 75, an
+    `Interrupted` with code 130.
     """
 
     def guarded(arguments: Sequence[str]) -> None:
         if not flags.FLAGS["verbosity"].present:
-            logging.set_verbosity(logging.ERROR)  # libraries narrate every file they touch
+            logging.set_verbosity(logging.FATAL)  # libraries narrate every file they touch, and errors that they raise
+            sys.excepthook = _report_of_main_thread
         try:
             if len(arguments) > 1:
                 raise UserError(
@@ -72,9 +78,21 @@ def run(main: Callable[[], int | None], argv: list[str] | None = None) -> None:
         except Preempted as notice:
             print(notice, file=sys.stderr)
             code = EXIT_PREEMPTED
+        except Interrupted as notice:
+            print(notice, file=sys.stderr)
+            code = EXIT_INTERRUPTED
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             code = EXIT_INTERRUPTED
+        except Exception:
+            if not _at_once:
+                raise
+            traceback.print_exc()
+            code = EXIT_FAILED
+        if _at_once:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code or 0)
         sys.exit(code or 0)
 
     def parse(arguments: Sequence[str]) -> list[str]:
@@ -219,3 +237,18 @@ class SourceParser(flags.ArgumentParser):
     def parse(self, argument: str) -> str:
         """A name or a local path, or a `UserError`."""
         return values.source(self._name, argument)
+
+
+_at_once = False
+
+
+def end_at_once() -> None:
+    """Let `run` end the process as soon as its message is printed: what would be done at exit waits for others."""
+    global _at_once
+    _at_once = True
+
+
+def _report_of_main_thread(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Libraries' own threads report here what follows from an error that the main thread is told of anyway."""
+    if threading.current_thread() is threading.main_thread():
+        sys.__excepthook__(kind, error, trace)

@@ -13,5 +13,9 @@ class Preempted(Exception):
     """A run that was told to make room and has saved itself: start the same command again. Exit code 75."""
 
 
+class Interrupted(Exception):
+    """A run that was told to stop by Ctrl-C and has saved itself. Exit code 130."""
+
+
 class RunError(Exception):
     """A run that cannot go on, such as one whose loss is no longer finite. Printed like `UserError`; exit code 1."""

@@ -54,8 +54,10 @@ def whole(path: Path) -> Iterator[Path]:
         yield unfinished
         os.replace(unfinished, path)
     finally:
-        if unfinished.is_file():
-            unfinished.unlink()
+        if unfinished.is_dir():
+            shutil.rmtree(unfinished, ignore_errors=True)
+        else:
+            unfinished.unlink(missing_ok=True)
 
 
 def _partial_name(path: Path) -> str:

@@ -15,6 +15,8 @@ from sra_jax import files
 from sra_jax.errors import RunError, UserError
 from tests.conftest import ROOT
 
+pytestmark = [pytest.mark.fast, pytest.mark.faults]
+
 HOLD = """
 import sys, time
 from sra_jax import files

@@ -1,8 +1,14 @@
 """From random access examples to an endless stream of batches, the same for any number of processes."""
 
+import contextlib
 import functools
+import multiprocessing
+import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import grain
 import numpy as np
@@ -11,6 +17,12 @@ from sra_jax.data.dataset import ExampleSource
 
 READ_THREADS = 2
 PREFETCH_BATCHES = 4
+RESTARTS = 3
+"""How often lost workers are replaced before as many batches were read as there are workers."""
+
+
+class WorkerLost(Exception):
+    """Worker processes ended again and again without an error of their own, as those do that the system kills."""
 
 
 @functools.lru_cache(maxsize=2)
@@ -78,7 +90,7 @@ def _finite(values: np.ndarray) -> bool:
 def batches(
     source: ExampleSource, *, batch_size: int, seed: int, rows: Sequence[int], start: int = 0, workers: int = 0,
     threads: int = READ_THREADS,
-) -> grain.DatasetIterator:
+) -> grain.DatasetIterator | "_WorkerStream":
     """Batches `start`, `start` + 1, ... of this process.
 
     The examples of all epochs form one sequence, epoch by epoch in the order of `epoch_order`; global batch k is its
@@ -96,11 +108,84 @@ def batches(
       threads: threads that read, in each process.
 
     Returns:
-      An endless iterator over dicts of arrays (len(rows), ...); `close()` ends its threads and processes.
+      An endless iterator over dicts of arrays (len(rows), ...); `close()` ends its threads and processes. A worker that
+      is killed is replaced; `WorkerLost` is raised where that does not help.
     """
-    stream = grain.MapDataset.source(_Batches(source, batch_size, seed, rows))[start:].to_iter_dataset(
+    reader = _Batches(source, batch_size, seed, rows)
+    if not workers:
+        return iter(_stream(reader, start, threads))
+    return _WorkerStream(reader, start, threads, workers)
+
+
+def _stream(reader: _Batches, start: int, threads: int) -> grain.IterDataset:
+    return grain.MapDataset.source(reader)[start:].to_iter_dataset(
         grain.ReadOptions(num_threads=threads, prefetch_buffer_size=PREFETCH_BATCHES)
     )
-    if workers:
-        stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
-    return iter(stream)
+
+
+class _WorkerStream:
+    """The stream as worker processes read it; one that the system kills is replaced."""
+
+    def __init__(self, reader: _Batches, start: int, threads: int, workers: int):
+        self._reader, self._next, self._threads, self._workers = reader, start, threads, workers
+        self._lost_at: list[int] = []
+        self._open()
+
+    def _open(self) -> None:
+        options = grain.MultiprocessingOptions(num_workers=self._workers)
+        stream = _stream(self._reader, self._next, self._threads)
+        self._stream = iter(stream.mp_prefetch(options, worker_init_fn=_end_with_parent))
+
+    def __iter__(self) -> "_WorkerStream":
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        while True:
+            try:
+                with _signals_are_for_this_process_alone():
+                    batch = next(self._stream)
+            except RuntimeError as error:
+                if "terminated unexpectedly" not in str(error):  # grain's words for a worker without an error
+                    raise
+                self._replace(error)
+            else:
+                self._next += 1
+                return batch
+
+    def _replace(self, error: RuntimeError) -> None:
+        self.close()
+        self._lost_at = [lost for lost in self._lost_at if lost > self._next - self._workers] + [self._next]
+        how = "a worker process of data.workers was killed from outside, perhaps because memory ran out"
+        if len(self._lost_at) > RESTARTS:
+            raise WorkerLost(f"{how}, {len(self._lost_at)} times at batch {self._next}; fewer data.workers take less")
+        print(f"{how}: reading goes on with new ones at batch {self._next}", file=sys.stderr)
+        self._open()
+
+    def close(self) -> None:
+        """End the workers."""
+        self._stream.close()
+
+
+@contextlib.contextmanager
+def _signals_are_for_this_process_alone() -> Iterator[None]:
+    """Workers that start in the block never see the terminal's Ctrl-C nor the SIGTERM of a whole process group.
+
+    They inherit which signals are held back; this process hears them on its other threads, and otherwise afterwards.
+    """
+    held = {signal.SIGINT, signal.SIGTERM}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, held)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_with_parent(*_: Any) -> None:
+    """In a worker: end when the process that reads from it is gone, however it ended."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -6,20 +6,34 @@ A process on its own needs nothing of this and starts no service.
 import contextlib
 import glob
 import importlib.util
+import json
 import os
 import signal
+import socket
+import sys
+import threading
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 from absl import flags
 from jax.experimental import multihost_utils
 
-from sra_jax import cli
-from sra_jax.errors import UserError
+from sra_jax import cli, files
+from sra_jax.errors import Interrupted, Preempted, UserError
 
-HEARTBEAT_SECONDS = 60
+HEARTBEAT_SECONDS = 300
 JOIN_SECONDS = 300
+
+SAY_SECONDS = 60
+"""After so long it is said which process the others wait for."""
+
+BEAT_SECONDS = 5
+"""How often a process shows the others that it lives."""
+
+JAX_LATER_SECONDS = 60
+"""JAX notices a lost process, too, but ends the others without a word of which it was: so it is to be later."""
 
 
 def define_flags() -> None:
@@ -29,7 +43,8 @@ def define_flags() -> None:
     cli.whole_flag("process_id", None, "Which of them this is, from 0.", 0, 99_999)
     cli.whole_flag(
         "heartbeat_seconds", HEARTBEAT_SECONDS,
-        "A process that is silent for so long is taken for dead, and the others end.", 1, 86_400,
+        "A process that is silent for so long is taken for dead, and the others end; they say which one they wait for "
+        "after a minute, or half of it.", 1, 86_400,
     )  # fmt: skip
 
 
@@ -105,18 +120,33 @@ def joined() -> Iterator[None]:
     options: dict[str, Any] = {"cluster_detection_method": "mpi4py"} if launcher == "MPI" else {}
     if not missing:
         options["cluster_detection_method"] = "deactivate"
+    where = given["coordinator_address"] or "the coordinator"
+    patience = threading.Timer(SAY_SECONDS, lambda: print(
+        f"still waiting for other processes to come to {where}, {JOIN_SECONDS} seconds at most", file=sys.stderr
+    ))  # fmt: skip
+    patience.daemon = True
+    patience.start()
     try:
         jax.distributed.initialize(
-            **given, **options, initialization_timeout=JOIN_SECONDS, heartbeat_timeout_seconds=heartbeat,
-            shutdown_timeout_seconds=heartbeat,
+            **given, **options, initialization_timeout=JOIN_SECONDS,
+            heartbeat_timeout_seconds=heartbeat + JAX_LATER_SECONDS, shutdown_timeout_seconds=heartbeat,
         )  # fmt: skip
     except (ValueError, RuntimeError) as error:
         raise UserError(
             f"joining the other processes failed ({launcher or 'by flags'}): {str(error).splitlines()[0][:300]}; check "
             "that all are started and can reach --coordinator_address"
         ) from error
-    yield
-    jax.distributed.shutdown()  # after an error the others are gone, or learn of it by the heartbeat
+    finally:
+        patience.cancel()
+    try:
+        yield
+    except (Preempted, Interrupted):  # on all of them at the same step
+        jax.distributed.shutdown()
+        raise
+    except BaseException:
+        cli.end_at_once()  # the others may be gone, or wait for this one: see `Watch`
+        raise
+    jax.distributed.shutdown()
 
 
 def wait_for_all(name: str) -> None:
@@ -132,30 +162,123 @@ def all_agree(fine: bool) -> bool:
     return bool(multihost_utils.process_allgather(jax.numpy.asarray(fine)).all())
 
 
-class Preemption:
-    """Notices that this run is to make room: SIGTERM, or on several processes JAX's notice of it to any of them.
+class Watch:
+    """Says which process the others wait for, and ends them where it does not come back.
 
-    As a context manager it takes over SIGTERM; a second SIGTERM ends the process at once.
+    A collective operation waits for a process that is stopped, and often for one that is gone, without a word. Each
+    process therefore touches a file of its own in a folder that all of them see, and looks at those of the others. As a
+    context manager it does so until the block ends; what ended the block is told to the others.
+
+    Args:
+      folder: is made where it does not exist. A process on its own makes none.
+      seconds: silence after which a process is taken for dead; by default --heartbeat_seconds.
+    """
+
+    def __init__(self, folder: Path, seconds: float | None = None):
+        self._folder, self._me, self._count = Path(folder), jax.process_index(), jax.process_count()
+        self._ended = threading.Event()
+        if self._count > 1:
+            self._seconds = flags.FLAGS.heartbeat_seconds if seconds is None else seconds
+
+    def __enter__(self) -> "Watch":
+        if self._count > 1:
+            self._folder.mkdir(exist_ok=True)
+            self._write(None)
+            wait_for_all("watch")  # no file is of an earlier run after this
+            threading.Thread(target=self._look, name="watch", daemon=True).start()
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
+        self._ended.set()
+        if self._count > 1 and error is not None and not isinstance(error, Preempted | Interrupted):
+            self._write((str(error).splitlines() or [kind.__name__])[0])
+
+    def _write(self, ended: str | None) -> None:
+        record = {"host": socket.gethostname(), "pid": os.getpid(), "ended": ended}
+        files.write_text(self._folder / str(self._me), json.dumps(record))
+
+    def _look(self) -> None:
+        own, said = self._folder / str(self._me), 0.0
+        while not self._ended.wait(BEAT_SECONDS):
+            try:
+                os.utime(own)
+                now = own.stat().st_mtime  # by the clock of whoever stamps the files
+                others = [self._state(index, now) for index in range(self._count) if index != self._me]
+            except OSError:
+                continue  # a file system that is away for a moment
+            name, silent, ended = max(others, key=lambda other: (other[2] is not None, other[1]))
+            if ended is not None:
+                self._ended.wait(2 * BEAT_SECONDS)  # whoever failed alike says so itself
+                self._end(f"{name} has ended: {ended}")
+            elif silent >= self._seconds:
+                self._end(f"{name} was silent for {silent:.0f} seconds (--heartbeat_seconds={self._seconds})")
+            elif silent >= min(SAY_SECONDS, self._seconds / 2) and now - said >= SAY_SECONDS:
+                said = now
+                print(
+                    f"\nwaiting for {name}, which has been silent for {silent:.0f} seconds; this ends at "
+                    f"{self._seconds}", file=sys.stderr, flush=True,
+                )  # fmt: skip
+
+    def _state(self, index: int, now: float) -> tuple[str, float, str | None]:
+        """A process by name, the seconds of its silence, and what ended it."""
+        path = self._folder / str(index)
+        record = json.loads(path.read_text())
+        return f"process {index} (pid {record['pid']} on {record['host']})", now - path.stat().st_mtime, record["ended"]
+
+    def _end(self, why: str) -> None:
+        if self._ended.is_set():
+            return
+        print(
+            f"\nerror: {why}; process {self._me} ends, too. Start all of them with the same command again: the run "
+            "goes on from its newest checkpoint", file=sys.stderr, flush=True,
+        )  # fmt: skip
+        os._exit(cli.EXIT_FAILED)
+
+
+class Preemption:
+    """Notices that this run is to end: SIGTERM or Ctrl-C, on several processes of any of them.
+
+    As a context manager it takes over SIGTERM and Ctrl-C; a second signal ends the process at once. Until `begin` there
+    is nothing to save, and the first signal ends it, too.
     """
 
     def __init__(self) -> None:
-        self._told = False
+        self._told: int | None = None
+        self._working = False
         self._alone = jax.process_count() == 1
-        self._before: Any = None
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Preemption":
-        if self._alone:  # elsewhere JAX's own service listens
-            self._before = signal.signal(signal.SIGTERM, self._hear)
+        # SIGTERM to one of several is heard by JAX's own service, which tells the others.
+        for number in (signal.SIGINT, signal.SIGTERM) if self._alone else (signal.SIGINT,):
+            if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
+                self._before[number] = signal.signal(number, self._hear)
         return self
 
     def __exit__(self, *_: Any) -> None:
-        if self._alone:
-            signal.signal(signal.SIGTERM, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
-    def _hear(self, *_: Any) -> None:
-        self._told = True
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    def begin(self) -> None:
+        """From here on a step is finished and saved first."""
+        self._working = True
+
+    def _hear(self, number: int, _: Any) -> None:
+        self._told = number
+        signal.signal(number, self._before[number])
+        if not self._working:
+            raise self.notice("no step was made yet")
+        if number == signal.SIGINT:
+            print("\nfinishing the step and saving; Ctrl-C once more ends at once", file=sys.stderr)
+            if not self._alone:
+                os.kill(os.getpid(), signal.SIGTERM)
 
     def due(self, step: int) -> bool:
         """Whether to save now and end, the same step on every process; to be asked after every step."""
-        return self._told if self._alone else multihost_utils.reached_preemption_sync_point(step)
+        return self._told is not None if self._alone else multihost_utils.reached_preemption_sync_point(step)
+
+    def notice(self, state: str) -> Exception:
+        """What to raise, with a word on what is saved."""
+        if self._told == signal.SIGINT:
+            return Interrupted(f"interrupted: {state}; the same command goes on from there")
+        return Preempted(f"told to make room: {state}; start the same command again")

@@ -5,3 +5,6 @@ CONFIG = "config.json"
 
 TREES = ("params", "ema", "opt_state")
 """The trees of a checkpoint."""
+
+CHECKSUMS = "checksums"
+"""The item of a checkpoint that holds the checksums of the others."""

@@ -1,23 +1,51 @@
 """Checkpoints of a run: orbax, asynchronous, one item per concern, each step whole or not there at all.
 
-    <workdir>/checkpoints/<step>/{params, ema, opt_state, meta}
+    <workdir>/checkpoints/<step>/{params, ema, opt_state, meta, checksums}
 
-`meta` is JSON: the config, the step and the position in the data. Tools read single items.
+`meta` is JSON: the config, the step and the position in the data. `checksums` are those of every array and of `meta`;
+they are compared whenever something is read. Tools read single items.
 """
 
+import contextlib
 import os
-from collections.abc import Mapping
+import re
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
 from sra_jax.distributed import processes
-from sra_jax.errors import UserError
-from sra_jax.runs import TREES
+from sra_jax.errors import RunError, UserError
+from sra_jax.runs import CHECKSUMS, TREES, checksums
 from sra_jax.runs.state import TrainState
+
+ITEMS = (*TREES, "meta", CHECKSUMS)
+
+UNCHECKED = "was saved without checksums: damage in its arrays would go unnoticed"
+
+
+class Damaged(Exception):
+    """A checkpoint that one of the processes cannot read, or whose arrays are not those that were saved."""
+
+
+class Found(NamedTuple):
+    """What `Checkpoints.restore_newest` found.
+
+    Attributes:
+      state: the newest whole state.
+      meta: its meta data.
+      damaged: a message for each newer one that is damaged.
+      checked: False for checkpoints of before there were checksums.
+    """
+
+    state: TrainState
+    meta: dict[str, Any]
+    damaged: list[str]
+    checked: bool
 
 
 class Checkpoints:
@@ -37,11 +65,19 @@ class Checkpoints:
         self._open()
 
     def _open(self) -> None:
-        self._manager = ocp.CheckpointManager(self.directory, options=self._options, item_names=(*TREES, "meta"))
+        self._manager = ocp.CheckpointManager(self.directory, options=self._options, item_names=ITEMS)
+        self._failed = False
 
     def steps(self) -> list[int]:
         """Steps that are saved, ascending."""
         return sorted(self._manager.all_steps())
+
+    def newest(self) -> str:
+        """What there is to go on from, in words."""
+        steps = self.steps()
+        if not steps:
+            return "no checkpoint was saved before"
+        return f"the newest whole checkpoint is step {steps[-1]} in {self.directory}"
 
     def save(self, state: TrainState, meta: Mapping[str, Any]) -> None:
         """Save in the background; returns as soon as the arrays are copied off the devices.
@@ -49,25 +85,96 @@ class Checkpoints:
         Args:
           state: its `step` names the checkpoint.
           meta: JSON data kept beside it.
+
+        Raises:
+          RunError: an array is not finite, and nothing is saved; or this or the save before cannot be written.
         """
         step = int(state.step)
-        trees = {name: ocp.args.StandardSave(getattr(state, name)) for name in TREES}
-        self._manager.save(step, args=ocp.args.Composite(**trees, meta=ocp.args.JsonSave(dict(meta))))
+        sums, infinite = {}, []
+        for name in TREES:
+            sums[name], bad = checksums.arrays(getattr(state, name))
+            infinite += [f"{name}/{path}" for path in bad]
+        if infinite:
+            self.wait()
+            raise RunError(
+                f"{len(infinite)} array(s) hold NaN or infinity after step {step}, the first being {infinite[0]}: they "
+                f"are not saved; {self.newest()}"
+            )
+        items: dict[str, Any] = {name: ocp.args.StandardSave(getattr(state, name)) for name in TREES}
+        items["meta"] = ocp.args.JsonSave(dict(meta))
+        items[CHECKSUMS] = ocp.args.JsonSave({**sums, "meta": checksums.data(meta)})
+        with self._writing():
+            self._manager.save(step, args=ocp.args.Composite(**items))
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # orbax and tensorstore raise many kinds where a disk is full or gone
+            self._failed = True
+            raise RunError(
+                f"a checkpoint cannot be written: {_cause(error)}; {self.newest()}. Make room or mend the disk, and "
+                "start the same command again"
+            ) from error
+
+    def check(self) -> None:
+        """Raises `RunError` where the save in the background has failed; waits for nothing."""
+        if not self._manager.is_saving_in_progress():
+            self.wait()
 
     def restore(self, abstract: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
         """The state saved at `step`, laid out as `abstract` says (shapes, types and shardings), and its meta data.
 
         Raises:
-          Exception: whatever orbax raises where the files are damaged.
+          Damaged: it cannot be read, or is not what was saved.
         """
-        trees = {name: ocp.args.StandardRestore(getattr(abstract, name)) for name in TREES}
-        with self._reader() as reader:
-            restored = reader.restore(step, args=ocp.args.Composite(**trees, meta=ocp.args.JsonRestore()))
+        items, _ = self._load({name: getattr(abstract, name) for name in TREES}, step, with_meta=True)
         number = jax.make_array_from_callback(  # `device_put` would ask the other processes
             (), abstract.step.sharding, lambda _: np.asarray(step, abstract.step.dtype)
         )
-        state = TrainState(step=number, **{name: restored[name] for name in TREES})
-        return state, restored["meta"]
+        return TrainState(step=number, **{name: items[name] for name in TREES}), items["meta"]
+
+    def _load(self, trees: Mapping[str, Any], step: int, with_meta: bool = False) -> tuple[dict[str, Any], bool]:
+        """Items of a checkpoint, laid out as said, and whether their checksums could be compared.
+
+        Raises:
+          Damaged: on every process, where one of them cannot read its part or finds other arrays than were saved.
+        """
+        items: dict[str, Any] = {}
+        with _agreed("another process could not read its part"):
+            items, sums = self._read(trees, step, with_meta)
+        with _agreed("another process found damage"):
+            found = {name: checksums.arrays(items[name]) for name in trees}  # together, before any process may fail
+            infinite = [f"{name}/{path}" for name, (_, bad) in found.items() for path in bad]
+            wrong = [
+                f"{name}/{path}"
+                for name, (own, _) in found.items()
+                if sums is not None
+                for path in checksums.differences(sums[name], own)
+            ]
+            if with_meta and sums is not None and checksums.data(items["meta"]) != sums["meta"]:
+                wrong.append("meta")
+            if wrong:
+                others = f" and {len(wrong) - 1} more" if wrong[1:] else ""
+                raise ValueError(f"the checksum of {wrong[0]}{others} is not that of what was saved")
+            if infinite:
+                raise ValueError(f"{infinite[0]} holds NaN or infinity")
+            if with_meta and items["meta"]["step"] != step:
+                raise ValueError(f"it is of step {items['meta']['step']}")
+        return items, sums is not None
+
+    def _read(
+        self, trees: Mapping[str, Any], step: int, with_meta: bool
+    ) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """Items of a checkpoint, and the checksums; None where it was saved without them."""
+        wanted = {name: ocp.args.StandardRestore(abstract) for name, abstract in trees.items()}
+        with_sums = (self.directory / str(step) / CHECKSUMS).exists()
+        for name, there in (("meta", with_meta), (CHECKSUMS, with_sums)):
+            if there:
+                wanted[name] = ocp.args.JsonRestore()
+        with self._reader() as reader:
+            restored = reader.restore(step, args=ocp.args.Composite(**wanted))
+        return {name: restored[name] for name in wanted}, restored[CHECKSUMS] if with_sums else None
 
     def _reader(self) -> ocp.CheckpointManager:
         """A manager of this process alone: reading waits for no other process, which may have failed to read."""
@@ -75,17 +182,14 @@ class Checkpoints:
         alone = ocp.options.MultiprocessingOptions(
             primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"reader_{me}"
         )
-        options = ocp.CheckpointManagerOptions(create=False, multiprocessing_options=alone)
-        return ocp.CheckpointManager(self.directory, options=options, item_names=(*TREES, "meta"))
+        options = ocp.CheckpointManagerOptions(create=False, read_only=True, multiprocessing_options=alone)
+        return ocp.CheckpointManager(self.directory, options=options, item_names=ITEMS)
 
-    def restore_newest(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any], list[str]] | None:
+    def restore_newest(self, abstract: TrainState) -> Found | None:
         """The newest checkpoint that can be read, or None where there is none.
 
         A damaged one is moved to <workdir>/damaged_checkpoints, so that its step can be saved again, and the one
         before it is tried. A checkpoint counts as damaged for all processes where one of them cannot read its part.
-
-        Returns:
-          The state, its meta data, and a message for each damaged checkpoint.
 
         Raises:
           UserError: there are checkpoints, but none can be read.
@@ -95,20 +199,17 @@ class Checkpoints:
         for step in reversed(steps):
             try:
                 state, meta = self.restore(abstract, step)
-                reason = ""
-            except Exception as error:  # orbax and tensorstore raise many kinds for damaged files
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-            if not processes.all_agree(not reason):
-                reason = reason or "another process could not read its part"
-                messages.append(f"checkpoint {self.directory / str(step)} is damaged ({reason})")
+            except Damaged as damage:
+                messages.append(f"checkpoint {self.directory / str(step)} is damaged ({damage})")
                 continue
+            checked = (self.directory / str(step) / CHECKSUMS).exists()
             if messages:
                 self._manager.close()
                 for damaged in [s for s in steps if s > step]:
                     self._set_aside(damaged)
                 processes.wait_for_all("damaged checkpoints")
                 self._open()
-            return state, meta, messages
+            return Found(state, meta, messages, checked)
         if steps:
             raise UserError(
                 "no checkpoint can be read: " + "; ".join(messages) + ". Restore a copy, or start anew in another "
@@ -120,15 +221,19 @@ class Checkpoints:
         """One item of a checkpoint alone: params or ema.
 
         Raises:
-          UserError: it cannot be read, or its shapes are not those of `abstract`.
+          UserError: it cannot be read, is not what was saved, or its shapes are not those of `abstract`.
         """
         try:
-            wanted = ocp.args.Composite(**{name: ocp.args.StandardRestore(abstract)})
-            return self._manager.restore(step, args=wanted)[name]
-        except Exception as error:
+            items, checked = self._load({name: abstract}, step)
+        except Damaged as damage:
+            others = ", ".join(str(other) for other in self.steps() if other != step) or "none"
             raise UserError(
-                f"{name} of checkpoint {self.directory / str(step)} cannot be read: {str(error)[:500]}"
-            ) from error
+                f"{name} of checkpoint {self.directory / str(step)} cannot be read: {damage}. Other steps that are "
+                f"saved: {others}"
+            ) from damage
+        if not checked and jax.process_index() == 0:
+            print(f"{self.directory / str(step)} {UNCHECKED}", file=sys.stderr)
+        return items[name]
 
     def choose(self, step: int | None) -> int:
         """`step`, or the newest where it is None.
@@ -146,12 +251,22 @@ class Checkpoints:
         return step
 
     def wait(self) -> None:
-        """Until the last save is on disk."""
-        self._manager.wait_until_finished()
+        """Until the last save is on disk.
+
+        Raises:
+          RunError: it could not be written.
+        """
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Wait, and release the background threads."""
-        self._manager.close()
+        """Wait, and release the background threads.
+
+        Raises:
+          RunError: the last save could not be written, and nothing has said so yet.
+        """
+        with contextlib.suppress(Exception) if self._failed else self._writing():
+            self._manager.close()
 
     def _set_aside(self, step: int) -> None:
         if jax.process_index() != 0:
@@ -164,3 +279,23 @@ class Checkpoints:
             copies += 1
             target = folder / f"{step}_{copies}"
         os.replace(self.directory / str(step), target)
+
+
+@contextlib.contextmanager
+def _agreed(elsewhere: str) -> Iterator[None]:
+    """Every process does the same in the block; where it fails on one, all raise `Damaged`."""
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:  # orbax and tensorstore raise many kinds for damaged files
+        failure = error
+    if not processes.all_agree(failure is None):
+        raise Damaged(_cause(failure) if failure else elsewhere) from failure
+
+
+def _cause(error: Exception) -> str:
+    """An error in one line. What the system said is in the midst of tensorstore's long messages."""
+    text = str(error).strip()
+    if code := re.search(r"os_error_code='(\d+)'", text):
+        return os.strerror(int(code[1]))
+    return (text.splitlines() or [type(error).__name__])[0][:300]

@@ -24,7 +24,7 @@ from sra_jax.interop.pytorch import SRA_HEAD, Tree, insert, leaf_from_pytorch, l
 from sra_jax.interop.tensor_files import TensorFile
 from sra_jax.methods.registry import METHODS
 from sra_jax.models.transformer import TransformerConfig
-from sra_jax.runs import CONFIG, TREES
+from sra_jax.runs import CHECKSUMS, CONFIG, TREES, checksums
 from sra_jax.runs.state import Networks, make_optimizer
 from sra_jax.runs.trained import TrainedModel
 
@@ -151,7 +151,7 @@ def write_run(workdir: Path, config: ConfigDict, step: int, trees: Mapping[str, 
       trees: params, ema and opt_state, made when they are called.
 
     Raises:
-      UserError: the folder holds something, or another program is writing it.
+      UserError: the folder holds something, another program is writing it, or an array is not finite.
     """
     workdir = workdir.absolute()
     workdir.parent.mkdir(parents=True, exist_ok=True)
@@ -176,11 +176,19 @@ def _write_run(part: Path, config: ConfigDict, step: int, trees: Mapping[str, Ca
     meta = {"step": step, "config": config.to_dict(), "data": {"next_batch": step}}
     manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta)))
     manager.close()
+    sums: dict[str, Any] = {"meta": checksums.data(meta)}
     for name, make in trees.items():
+        tree = make()
+        sums[name], infinite = checksums.arrays(tree)
+        if infinite:
+            raise UserError(f"{name}/{infinite[0]} holds NaN or infinity; a run cannot begin from that")
         # a writer of its own for each tree: it holds what it wrote until it is closed
         with ocp.Checkpointer(ocp.StandardCheckpointHandler(save_concurrent_gb=WRITING_GIGABYTES)) as writer:
-            writer.save(folder / str(step) / name, args=ocp.args.StandardSave(make()))
+            writer.save(folder / str(step) / name, args=ocp.args.StandardSave(tree))
+        del tree
         _return_memory()
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as writer:
+        writer.save(folder / str(step) / CHECKSUMS, args=ocp.args.JsonSave(sums))
     (part / CONFIG).write_text(config_lib.to_json(config) + "\n")
 
 

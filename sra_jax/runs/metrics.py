@@ -1,7 +1,8 @@
 """Metrics of a run: metrics.jsonl, one object a logged step, and TensorBoard events of the same."""
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -36,24 +37,35 @@ def keep_until(workdir: Path, step: int) -> None:
 
 
 class Writer:
-    """Appends records; used by process 0 only."""
+    """Appends records; used by process 0 only. Its methods raise `OSError` where a file cannot be written."""
 
     def __init__(self, workdir: Path):
+        self._failed = False
         self._file = (workdir / FILE).open("a")
         self._events = events.Writer(workdir / EVENTS)
 
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            self._failed = True
+            raise
+
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One record. Several may have the same step, with different keys."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
-        self._events.write_scalars(step, dict(values))
+        with self._writing():
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
+            self._events.write_scalars(step, dict(values))
 
     def image(self, step: int, name: str, picture: np.ndarray) -> None:
         """A picture (H,W,C) uint8 among the events."""
-        self._events.write_images(step, {name: picture[None]})
+        with self._writing():
+            self._events.write_images(step, {name: picture[None]})
 
     def close(self) -> None:
-        """Everything is on disk after this."""
-        self._file.close()
-        self._events.flush()
-        self._events.close()
+        """Everything is on disk after this, unless a write failed before."""
+        for part in (self._file.close, self._events.flush, self._events.close):
+            with contextlib.suppress(OSError) if self._failed else self._writing():
+                part()

@@ -23,12 +23,12 @@ from sra_jax.data import registry as datasets
 from sra_jax.data.dataset import Dataset
 from sra_jax.distributed import processes, sharding
 from sra_jax.distributed.devices import check_devices
-from sra_jax.errors import Preempted, RunError, UserError
+from sra_jax.errors import RunError, UserError
 from sra_jax.methods.health import Watch, health
 from sra_jax.methods.registry import noisier_teachers
 from sra_jax.runs import CONFIG, class_names
 from sra_jax.runs import metrics as metrics_lib
-from sra_jax.runs.checkpoints import Checkpoints
+from sra_jax.runs.checkpoints import UNCHECKED, Checkpoints
 from sra_jax.runs.state import Networks, TrainState, ema_decay, init_state, learning_rate, make_optimizer
 from sra_jax.runs.warm_start import start_from
 from sra_jax.sampling import pictures
@@ -112,15 +112,15 @@ def train(config: ConfigDict, workdir: Path, allow_config_change: bool = False) 
 
     Raises:
       UserError: before any work, where config, data or workdir cannot work, or another run is using the workdir.
-      RunError: the loss is no longer finite.
-      Preempted: SIGTERM came; the state is saved.
+      RunError: the loss or the state is no longer finite, or a file cannot be written.
+      Preempted, Interrupted: SIGTERM or Ctrl-C came; the state is saved.
     """
     check_devices()
     config_lib.check(config, jax.device_count())
     config_lib.check_workers(config.data.workers, os.cpu_count() or 1)
     workdir = Path(workdir)
     make_workdir(workdir)
-    with _claimed(workdir) as lock:
+    with _claimed(workdir) as lock, processes.Watch(workdir / ".processes"):
         _train(config, workdir, allow_config_change, lock)
 
 
@@ -147,6 +147,12 @@ def _train(config: ConfigDict, workdir: Path, allow_config_change: bool, lock: f
             _advise(config, dataset, say)
             with processes.Preemption() as preemption:
                 _run(config, program, checkpoints, state, dataset, steps, workdir, preemption, lock)
+    except OSError as error:
+        what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)
+        checkpoints.wait()
+        raise RunError(
+            f"{what}; {checkpoints.newest()}. Make room or mend the disk, and start the same command again"
+        ) from error
     finally:
         checkpoints.close()
     _say_where(config, workdir, say)
@@ -246,13 +252,15 @@ def begin(
             state, message = start_from(config, state)
             say(message)
         return state
-    state, meta, damaged = found
-    for message in damaged:
+    for message in found.damaged:
         say(f"{message}; it now lies in {workdir / 'damaged_checkpoints'}, and the one before it is used")
+    step = found.meta["step"]
     if jax.process_index() == 0:
-        metrics_lib.keep_until(workdir, meta["step"])
-    say(f"resuming {workdir} at step {meta['step']}")
-    return state
+        metrics_lib.keep_until(workdir, step)
+    if not found.checked:
+        say(f"the checkpoint of step {step} {UNCHECKED}; the next ones will have them")
+    say(f"resuming {workdir} at step {step}")
+    return found.state
 
 
 def _advise(config: ConfigDict, dataset: Dataset, say: Callable[..., None]) -> None:
@@ -312,25 +320,36 @@ def _run(
         config, writer, bar, checkpoints, metrics_lib.read(workdir) if writer else [],
         lambda step: pipeline.non_finite(dataset.source, **read, batch=step - 1),
     )  # fmt: skip
+
+    def save(step: int) -> None:
+        journal.read()  # a state is saved only once its losses are known to be finite
+        if lock:
+            lock.check()
+        position = {"next_batch": step}  # all the state that the stream of batches has
+        checkpoints.save(state, {"step": step, "config": config.to_dict(), "data": position})
+
     bar.set_description("training")
     batch = None
+    preemption.begin()
     try:
         for step in range(first, steps):
-            batch = sharding.put_batch(next(stream), mesh)
+            try:
+                batch = sharding.put_batch(next(stream), mesh)
+            except pipeline.WorkerLost as lost:
+                if jax.process_count() == 1 and step > first and step % config.checkpoint_every:
+                    save(step)
+                    checkpoints.wait()
+                raise RunError(f"{lost}. {checkpoints.newest()}; the same command goes on from there") from lost
             with jax.transfer_guard("disallow"):  # nothing moves between host and devices unasked
                 state, metrics = compiled(state, batch)
             journal.add(step + 1, metrics)
             bar.update()
             last, leaving = step + 1 == steps, preemption.due(step + 1)
             if last or leaving or (step + 1) % config.checkpoint_every == 0:
-                journal.read()  # a state is saved only once its losses are known to be finite
-                if lock:
-                    lock.check()
-                position = {"next_batch": step + 1}  # all the state that the stream of batches has
-                checkpoints.save(state, {"step": step + 1, "config": config.to_dict(), "data": position})
+                save(step + 1)
             if leaving and not last:
                 checkpoints.wait()
-                raise Preempted(f"told to make room: step {step + 1} of {steps} is saved; start the same command again")
+                raise preemption.notice(f"step {step + 1} of {steps} is saved")
             if previews and (last or (step + 1) % config.sample_every == 0):
                 journal.read()
                 picture = previews.write(state.ema, step + 1)
@@ -392,7 +411,7 @@ class Journal:
         """Wait for all that was added, check it and write the logged steps.
 
         Raises:
-          RunError: a loss or gradient is not finite.
+          RunError: a loss or gradient is not finite, or the last save has failed.
         """
         pending, self._pending, self._due = self._pending, [], False
         values = jax.device_get([metrics for _, metrics in pending])
@@ -404,6 +423,7 @@ class Journal:
                     self._stop(name, metrics[name], step)
             if step % self._config.log_every == 0:
                 self._write(step, metrics, elapsed)
+                self._checkpoints.check()
 
     def _write(self, step: int, metrics: Mapping[str, Any], elapsed: float) -> None:
         record = {name: float(value) for name, value in sorted(metrics.items()) if name != "samples"}
@@ -431,13 +451,10 @@ class Journal:
                 f"{name} is {value} at step {step}, because the training set holds NaN or infinite values there: "
                 f"{'; '.join(damaged)}. tools/prepare_latents.py --verify names all such examples"
             )
-        saved = self._checkpoints.steps()
-        last = f"the last good checkpoint is step {saved[-1]} in {self._checkpoints.directory}" if saved else (
-            "no checkpoint was saved before"
-        )  # fmt: skip
         raise RunError(
-            f"{name} is {value} at step {step}; {last}. Nothing of the later steps was saved. A lower "
-            "optimizer.learning_rate, optimizer.clip_norm=1, or dtype=float32 usually helps"
+            f"{name} is {value} at step {step}; {self._checkpoints.newest()}. Only finite states are saved, nothing "
+            "of the later steps was. A lower optimizer.learning_rate, optimizer.clip_norm=1, or dtype=float32 usually "
+            "helps"
         )
 
 

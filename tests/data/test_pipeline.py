@@ -1,10 +1,42 @@
 import itertools
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from sra_jax.data import digits, pipeline, registry, synthetic
 from sra_jax.errors import UserError
+from tests.conftest import ROOT
+
+READER = """
+import multiprocessing, signal, sys, time
+from absl import flags
+from sra_jax.data import digits, pipeline
+from sra_jax.data.registry import load
+from configs.digits import get_config
+
+if __name__ == "__main__":
+    flags.FLAGS.mark_as_parsed()
+    told = []
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, lambda *_: told.append(1))
+    source = load(get_config().data).source
+    stream = pipeline.batches(source, batch_size=4, seed=1, rows=range(4), workers=1)
+    next(stream)
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    while len(told) < 2:
+        next(stream)
+    for _ in range(20):
+        next(stream)
+    print("read on", flush=True)
+    time.sleep(60)
+"""
 
 
 class Numbers:
@@ -18,6 +50,13 @@ class Numbers:
 
     def __getitem__(self, index):
         return {"index": np.int64(index), "label": np.int32(index % 3)}
+
+
+class Killed(Numbers):
+    """As if reading took all memory."""
+
+    def __getitem__(self, index):
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def take(count, **options):
@@ -59,6 +98,60 @@ def test_a_stream_can_start_anywhere(start):
 
 def test_worker_processes_change_nothing():
     np.testing.assert_array_equal(take(5, start=2), take(5, start=2, workers=2))
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+def test_a_killed_worker_is_replaced(capfd):
+    others = set(multiprocessing.active_children())
+    stream = pipeline.batches(Numbers(21), batch_size=8, seed=1, rows=range(8), workers=1)
+    read = [next(stream)["index"] for _ in range(3)]
+    (worker,) = set(multiprocessing.active_children()) - others
+    worker.kill()
+    read += [next(stream)["index"] for _ in range(5)]
+    stream.close()
+    np.testing.assert_array_equal(read, take(8))
+    assert "a worker process of data.workers was killed from outside" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+def test_workers_that_are_killed_again_and_again_are_given_up(monkeypatch):
+    monkeypatch.setattr(pipeline, "RESTARTS", 1)
+    stream = pipeline.batches(Killed(4), batch_size=2, seed=1, rows=range(2), workers=1)
+    with pytest.raises(pipeline.WorkerLost, match=r"2 times at batch 0; fewer data\.workers"):
+        next(stream)
+    stream.close()
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+def test_workers_hear_no_signal_of_their_group_and_end_with_their_parent(tmp_path):
+    program = tmp_path / "reader.py"
+    program.write_text(READER)
+    environment = dict(os.environ, PYTHONPATH=str(ROOT))
+    process = subprocess.Popen(
+        [sys.executable, program], stdout=subprocess.PIPE, text=True, start_new_session=True, env=environment
+    )
+    try:
+        worker = int(process.stdout.readline())
+        os.killpg(process.pid, signal.SIGTERM)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.stdout.readline() == "read on\n"
+    finally:
+        process.kill()
+        process.communicate()
+    deadline = time.monotonic() + 30
+    while running(worker):
+        assert time.monotonic() < deadline, "a worker outlives its parent"
+        time.sleep(0.05)
+
+
+def running(pid):
+    try:
+        return " Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
 
 
 def test_digits():

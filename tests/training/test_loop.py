@@ -1,6 +1,9 @@
 """What happens around the train step, in this process."""
 
+import contextlib
 import json
+import resource
+import shutil
 
 import numpy as np
 import pytest
@@ -13,8 +16,8 @@ from sra_jax.training.loop import train
 
 TINY = {
     "model.width": 32, "model.depth": 3, "model.heads": 2, "alignment.student_block": 1, "alignment.teacher_block": 2,
-    "batch_size": 16, "optimizer.warmup_steps": 0, "log_every": 1, "sample_every": 0, "ema.decay": 0.8, "steps": 4,
-    "checkpoint_every": 2,
+    "batch_size": 16, "optimizer.warmup_steps": 0, "log_every": 1, "sample_every": 0, "ema.decay": 0.8, "steps": 8,
+    "checkpoint_every": 2, "keep": 10,
 }  # fmt: skip
 
 
@@ -24,13 +27,64 @@ def recipe(**changes):
     return config
 
 
-def test_a_workdir_is_one_run_s_at_a_time(tmp_path):
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The workdir of a finished run of eight steps, all of whose checkpoints are kept. Read only."""
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    train(recipe(), workdir)
+    return workdir
+
+
+def stopped(undisturbed, workdir, step):
+    """The same run as it was after this step."""
+    shutil.copytree(undisturbed, workdir, dirs_exist_ok=True)
+    for later in range(step + 2, 9, 2):
+        shutil.rmtree(workdir / "checkpoints" / str(later))
+
+
+@pytest.mark.faults
+def test_a_workdir_is_one_run_s_at_a_time(undisturbed, tmp_path):
     with files.locked(tmp_path, ""), pytest.raises(UserError, match=r"written by process .*choose another --workdir"):
         train(recipe(), tmp_path)
     assert list(tmp_path.iterdir()) == []
-    train(recipe(), tmp_path)
-    assert not (tmp_path / ".lock").exists()
-    assert json.loads((tmp_path / "config.json").read_text())["steps"] == 4
+    assert not (undisturbed / ".lock").exists()
+
+
+@contextlib.contextmanager
+def no_file_beyond(size):
+    """As on a full disk, writing fails: no file may grow beyond so many bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def records(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if not key.endswith("per_second")} for line in lines]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("size", "first", "message"),
+    [
+        (20_000, 0, r"a checkpoint cannot be written: File too large; no checkpoint was saved before"),
+        (20_000, 4, r"a checkpoint cannot be written: File too large; the newest whole checkpoint is step 4 in"),
+        (500, 4, r"File too large; the newest whole checkpoint is step 4 in .*start the same command again"),
+    ],
+)
+def test_a_full_disk_ends_the_run(undisturbed, tmp_path, size, first, message):
+    """While arrays are written at the first save or a later one, and while metrics are written."""
+    if first:
+        stopped(undisturbed, tmp_path, first)
+    with no_file_beyond(size), pytest.raises(RunError, match=message):
+        train(recipe(steps=40), tmp_path)
+    assert records(tmp_path)[-1]["step"] < 12  # and not at the end
+    if first and size > 1000:
+        train(recipe(), tmp_path)
+        assert records(tmp_path) == records(undisturbed)
 
 
 def latents(folder, vae, spoilt=None):
