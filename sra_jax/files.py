@@ -158,6 +158,31 @@ def _keep_elsewhere(path: Path, write: Callable[[Path], None]) -> str:
     return "nor can it be written in the folder for temporary files, here or at home: it is lost"
 
 
+def check_plain(path: Path, folder: bool = False) -> None:
+    """Raises a `UserError` where anything but a plain file, or a folder, lies at `path`; nothing may lie there."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return
+    if not (stat.S_ISDIR(mode) if folder else stat.S_ISREG(mode)):
+        found = "a folder" if stat.S_ISDIR(mode) else "a file" if stat.S_ISREG(mode) else "neither file nor folder"
+        raise UserError(f"{path} is {found} where a {'folder' if folder else 'plain file'} belongs: move it away")
+
+
+def read_text(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+      UserError: it is a folder, a pipe or the like, which reading would wait for, or not text.
+      OSError: it does not exist, or cannot be read.
+    """
+    check_plain(path)
+    try:
+        return Path(path).read_text()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not a text file") from error
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file, in place of one that is there."""
     with whole(path) as unfinished:

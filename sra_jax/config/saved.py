@@ -7,6 +7,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
+from sra_jax import files
 from sra_jax.config.flag import check_read
 from sra_jax.config.keys import FREE_KEYS, default, flatten
 from sra_jax.config.limits import local_paths
@@ -41,6 +42,8 @@ def from_json(text: str) -> ConfigDict:
         return {k: tuples(v) for k, v in value.items()} if isinstance(value, dict) else value
 
     saved = tuples(json.loads(text))
+    if not isinstance(saved, dict):
+        raise ValueError("it holds no keys")
     config = default()
     for group in ("process", "sampling"):  # their keys belong to the saved family
         config[group] = ConfigDict()
@@ -85,15 +88,23 @@ def read(path: Path) -> ConfigDict:
     """The config that a run saved at `path` (its workdir's config.json).
 
     Raises:
-      UserError: there is no such file, or it is not a config.
+      UserError: there is no such file, it is not a config, or one of a newer version.
     """
     try:
-        return from_json(path.read_text())
+        config = from_json(files.read_text(path))
     except OSError as error:
         raise UserError(f"no run at {path.parent}: {path.name} cannot be read ({error.strerror}); train one, or check "
                         "--workdir") from error  # fmt: skip
-    except ValueError as error:
-        raise UserError(f"{path} is not a saved config: {error}") from error
+    except (AttributeError, TypeError, ValueError) as error:  # as ml_collections speaks of values of another type
+        raise UserError(f"{path} is not a saved config: {str(error).splitlines()[0]}") from error
+    known = {key for key, _ in flatten(default())}
+    new = {key for key, _ in flatten(config)} - known
+    if new := sorted(key for key in new if key.partition(".")[0] not in ("process", "sampling")):
+        raise UserError(
+            f"{path} has keys that this version does not know: {', '.join(new[:5])}. A newer version wrote it, or it "
+            "was changed by hand: take that version, or remove them"
+        )
+    return config
 
 
 def _comparable(config: ConfigDict) -> dict[str, Any]:

@@ -90,7 +90,7 @@ def _finite(values: np.ndarray) -> bool:
 def batches(
     source: ExampleSource, *, batch_size: int, seed: int, rows: Sequence[int], start: int = 0, workers: int = 0,
     threads: int = READ_THREADS,
-) -> grain.DatasetIterator | "_WorkerStream":
+) -> "grain.DatasetIterator | _WorkerStream":
     """Batches `start`, `start` + 1, ... of this process.
 
     The examples of all epochs form one sequence, epoch by epoch in the order of `epoch_order`; global batch k is its

@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from absl import flags
 from jax.experimental import multihost_utils
 
 from sra_jax import cli, files
-from sra_jax.errors import Interrupted, Preempted, UserError
+from sra_jax.errors import Interrupted, Preempted, RunError, UserError
 
 HEARTBEAT_SECONDS = 300
 JOIN_SECONDS = 300
@@ -31,6 +32,8 @@ SAY_SECONDS = 60
 
 BEAT_SECONDS = 5
 """How often a process shows the others that it lives."""
+
+AGAIN = "Start all of them with the same command again: the run goes on from its newest checkpoint"
 
 JAX_LATER_SECONDS = 60
 """JAX notices a lost process, too, but ends the others without a word of which it was: so it is to be later."""
@@ -189,9 +192,31 @@ class Watch:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
+        if self._count == 1 or error is None or isinstance(error, Preempted | Interrupted):
+            self._ended.set()
+            return
+        lost = self._lost() if isinstance(error, jax.errors.JaxRuntimeError) else None
         self._ended.set()
-        if self._count > 1 and error is not None and not isinstance(error, Preempted | Interrupted):
-            self._write((str(error).splitlines() or [kind.__name__])[0])
+        reason = (str(error).splitlines() or [kind.__name__])[0]
+        self._write(reason)
+        if lost:
+            raise RunError(f"{lost}, and what the processes do together failed ({reason[:200]}). {AGAIN}") from error
+
+    def _lost(self) -> str | None:
+        """Which process is gone or stands still, if one is; it takes some beats to see."""
+        for _ in range(3):
+            time.sleep(BEAT_SECONDS)
+            with contextlib.suppress(OSError):
+                now = (self._folder / str(self._me)).stat().st_mtime
+                for name, silent, ended in self._others(now):
+                    if ended is not None:
+                        return f"{name} has ended: {ended}"
+                    if silent > 2 * BEAT_SECONDS:
+                        return f"{name} has been silent for {silent:.0f} seconds"
+        return None
+
+    def _others(self, now: float) -> list[tuple[str, float, str | None]]:
+        return [self._state(index, now) for index in range(self._count) if index != self._me]
 
     def _write(self, ended: str | None) -> None:
         record = {"host": socket.gethostname(), "pid": os.getpid(), "ended": ended}
@@ -203,7 +228,7 @@ class Watch:
             try:
                 os.utime(own)
                 now = own.stat().st_mtime  # by the clock of whoever stamps the files
-                others = [self._state(index, now) for index in range(self._count) if index != self._me]
+                others = self._others(now)
             except OSError:
                 continue  # a file system that is away for a moment
             name, silent, ended = max(others, key=lambda other: (other[2] is not None, other[1]))
@@ -228,10 +253,7 @@ class Watch:
     def _end(self, why: str) -> None:
         if self._ended.is_set():
             return
-        print(
-            f"\nerror: {why}; process {self._me} ends, too. Start all of them with the same command again: the run "
-            "goes on from its newest checkpoint", file=sys.stderr, flush=True,
-        )  # fmt: skip
+        print(f"\nerror: {why}; process {self._me} ends, too. {AGAIN}", file=sys.stderr, flush=True)
         os._exit(cli.EXIT_FAILED)
 
 
@@ -266,8 +288,8 @@ class Preemption:
     def _hear(self, number: int, _: Any) -> None:
         self._told = number
         signal.signal(number, self._before[number])
-        if not self._working:
-            raise self.notice("no step was made yet")
+        if not self._working:  # what ends one of several alone is told to the others by `Watch`
+            raise self.notice("no step was made yet") if self._alone else KeyboardInterrupt
         if number == signal.SIGINT:
             print("\nfinishing the step and saving; Ctrl-C once more ends at once", file=sys.stderr)
             if not self._alone:

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from sra_jax import files
 from sra_jax.distributed import processes
 from sra_jax.errors import RunError, UserError
 from sra_jax.runs import CHECKSUMS, TREES, checksums
@@ -55,10 +56,14 @@ class Checkpoints:
       workdir: the run's folder.
       keep: how many of the newest are kept; None keeps all.
       read_only: for tools: nothing is created, cleaned up or deleted.
+
+    Raises:
+      UserError: something else lies where the folder belongs.
     """
 
     def __init__(self, workdir: Path, keep: int | None = None, read_only: bool = False):
         self.directory = Path(workdir).absolute() / "checkpoints"
+        files.check_plain(self.directory, folder=True)
         self._options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, read_only=read_only, create=not read_only, cleanup_tmp_directories=not read_only
         )
@@ -168,7 +173,11 @@ class Checkpoints:
     ) -> tuple[dict[str, Any], dict[str, Any] | None]:
         """Items of a checkpoint, and the checksums; None where it was saved without them."""
         wanted = {name: ocp.args.StandardRestore(abstract) for name, abstract in trees.items()}
-        with_sums = (self.directory / str(step) / CHECKSUMS).exists()
+        folder = self.directory / str(step)
+        for path in folder.rglob("*"):
+            if not path.is_dir():
+                files.check_plain(path)  # reading a pipe would wait for ever
+        with_sums = (folder / CHECKSUMS).exists()
         for name, there in (("meta", with_meta), (CHECKSUMS, with_sums)):
             if there:
                 wanted[name] = ocp.args.JsonRestore()

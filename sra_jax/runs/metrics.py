@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from sra_jax import files
+from sra_jax.errors import UserError
 from sra_jax.runs import events
 
 FILE = "metrics.jsonl"
@@ -15,16 +16,27 @@ EVENTS = "tensorboard"
 
 
 def read(workdir: Path) -> list[dict[str, float]]:
-    """All logged records; a last line that a kill cut short is left out."""
+    """All logged records; a last line that a kill cut short is left out.
+
+    Raises:
+      UserError: a line is not a record of a step, or the file is not one.
+    """
     path = workdir / FILE
     if not path.exists():
         return []
+    whole, _, _ = files.read_text(path).rpartition("\n")
     records = []
-    for line in path.read_text().splitlines():
+    for number, line in enumerate(whole.splitlines(), 1):
         try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
+            record = json.loads(line)
+            if not isinstance(record["step"], int):
+                raise TypeError
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path}, line {number} is not a record of a step: {line[:80]!r}. Remove the line, or move the file "
+                "away"
+            ) from error
+        records.append(record)
     return records
 
 

@@ -26,7 +26,7 @@ from sra_jax.distributed.devices import check_devices
 from sra_jax.errors import RunError, UserError
 from sra_jax.methods.health import Watch, health
 from sra_jax.methods.registry import noisier_teachers
-from sra_jax.runs import CONFIG, class_names
+from sra_jax.runs import CONFIG, class_names, environment
 from sra_jax.runs import metrics as metrics_lib
 from sra_jax.runs.checkpoints import UNCHECKED, Checkpoints
 from sra_jax.runs.state import Networks, TrainState, ema_decay, init_state, learning_rate, make_optimizer
@@ -125,14 +125,14 @@ def train(config: ConfigDict, workdir: Path, allow_config_change: bool = False) 
 
 
 def _train(config: ConfigDict, workdir: Path, allow_config_change: bool, lock: files.Lock | None) -> None:
-    started = holds_run(config, workdir, allow_config_change)
+    say = print if jax.process_index() == 0 else _silent
+    started = holds_run(config, workdir, allow_config_change, say)
     processes.wait_for_all("workdir")  # before any of them writes there
     dataset = datasets.training_set(config)
     learned = class_names.read(workdir, config.data.num_classes) if started else None
     classes.check_same(learned, dataset.class_names, "the training set")
     check_teacher(config)
     steps = config_lib.total_steps(config, len(dataset.source))
-    say = print if jax.process_index() == 0 else _silent
 
     mesh = sharding.make_mesh(config_lib.mesh_shape(config, jax.device_count()))
     program = build(config, mesh, dataset, steps)
@@ -179,7 +179,7 @@ def make_workdir(workdir: Path) -> None:
     """Make the folder where it is not there.
 
     Raises:
-      UserError: it cannot be written.
+      UserError: it cannot be written, or holds something else under a name that a run uses.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -190,6 +190,10 @@ def make_workdir(workdir: Path) -> None:
         raise UserError(
             f"--workdir={workdir} cannot be written ({error.strerror}); choose a folder that you may write to"
         ) from error
+    for name in (CONFIG, metrics_lib.FILE, environment.FILE):
+        files.check_plain(workdir / name)
+    for name in ("checkpoints", "damaged_checkpoints", "samples", "evaluation", metrics_lib.EVENTS):
+        files.check_plain(workdir / name, folder=True)
 
 
 @contextlib.contextmanager
@@ -211,11 +215,11 @@ def _claimed(workdir: Path) -> Iterator[files.Lock | None]:
         yield lock
 
 
-def holds_run(config: ConfigDict, workdir: Path, allow_config_change: bool) -> bool:
+def holds_run(config: ConfigDict, workdir: Path, allow_config_change: bool, say: Callable[..., None]) -> bool:
     """Whether the workdir holds a run of this config, checked to be the same.
 
     Raises:
-      UserError: the folder holds something else, or another config's run.
+      UserError: the folder holds something else, another config's run, or one of an environment with other numbers.
     """
     if not (workdir / CONFIG).exists():
         if (workdir / "checkpoints").exists() and any((workdir / "checkpoints").iterdir()):
@@ -227,6 +231,15 @@ def holds_run(config: ConfigDict, workdir: Path, allow_config_change: bool) -> b
             f"--workdir={workdir} holds a run of another config; it differs in\n  " + "\n  ".join(changed)
             + "\nUse another --workdir, the same values, or --allow_config_change to go on with the new ones"
         )  # fmt: skip
+    settings, others = environment.differences(workdir)
+    if settings and not allow_config_change:
+        raise UserError(
+            f"--workdir={workdir} holds a run that was trained under other settings of JAX, which change its numbers:"
+            "\n  " + "\n  ".join(settings) + "\nSet the environment as it was (JAX_ENABLE_X64=0 and the like), or "
+            "--allow_config_change to go on with this one"
+        )
+    if settings or others:
+        say("going on in another environment than before: " + "; ".join(settings + others))
     return True
 
 
@@ -234,6 +247,7 @@ def _write_config(config: ConfigDict, workdir: Path, dataset: Dataset) -> None:
     if jax.process_index() == 0:
         files.write_text(workdir / CONFIG, config_lib.to_json(config) + "\n")
         class_names.write(workdir, dataset.class_names)
+        environment.write(workdir)
 
 
 def begin(

@@ -5,13 +5,15 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
 
 from sra_jax.distributed.processes import detect
-from tests.conftest import TINY_DIGITS, run, start
+from tests.conftest import ROOT, TINY_DIGITS, command_environment, run, start
 
 STEPS = 20
 HEARTBEAT = 20
@@ -137,8 +139,9 @@ def test_killed_damaged_and_preempted(tmp_path, alone):
     running = start_two(*arguments)
     wait_for(workdir / "checkpoints" / "16", running)
     os.kill(running[1].pid, signal.SIGKILL)
-    (code, _, _), _ = finish(running, seconds=END_SECONDS)
-    assert code not in (0, None)
+    (code, _, message), _ = finish(running, seconds=END_SECONDS)
+    assert code == 1
+    assert f"process 1 (pid {running[1].pid} on " in message
 
     *_, before, newest = saved_steps(workdir)
     for path in (workdir / "checkpoints" / str(newest) / "params").rglob("*"):
@@ -158,6 +161,53 @@ def test_killed_damaged_and_preempted(tmp_path, alone):
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == list(range(1, preempted + 1))
     np.testing.assert_allclose([r["loss"] for r in records[:STEPS]], losses(alone)["loss"], rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+def test_interrupted_and_stopped(tmp_path):
+    """Ctrl-C at one of two saves on both and ends both; where one stands still, the other says so and ends."""
+    workdir = tmp_path / "run"
+    arguments = (f"--workdir={workdir}", "--config.steps=100000")
+    running = start_two(*arguments)
+    wait_for(workdir / "checkpoints" / "8", running)
+    running[1].send_signal(signal.SIGINT)
+    (other, _, message), (code, _, notice) = finish(running, seconds=END_SECONDS)
+    saved = saved_steps(workdir)[-1]
+    assert code == 130, notice
+    assert f"interrupted: step {saved} of 100000 is saved" in notice
+    assert other == 75, message
+
+    running = start_two(*arguments)
+    wait_for(workdir / "checkpoints" / str(saved // 8 * 8 + 8), running)
+    running[1].send_signal(signal.SIGSTOP)
+    try:
+        running[0].wait(timeout=END_SECONDS)
+    finally:
+        running[1].kill()
+    (code, _, message), _ = finish(running)
+    assert code == 1, message
+    assert f"process 1 (pid {running[1].pid} on " in message
+    assert "silent for" in message
+    assert "the run goes on from its newest checkpoint" in message
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+def test_ctrl_c_of_a_run_alone(tmp_path):
+    """Of its whole process group, with workers that read for it, as a terminal sends it."""
+    process = subprocess.Popen(
+        [sys.executable, "main.py", *COMMON, "--config.steps=100000", "--config.data.workers=1",
+         f"--workdir={tmp_path}"], cwd=ROOT, env=command_environment(), start_new_session=True, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    wait_for(tmp_path / "checkpoints" / "8", [process])
+    os.killpg(process.pid, signal.SIGINT)
+    ((code, _, message),) = finish([process])
+    assert code == 130, message
+    saved = saved_steps(tmp_path)[-1]
+    assert f"interrupted: step {saved} of 100000 is saved; the same command goes on from there" in message
+    assert "Traceback" not in message
 
 
 def test_sigterm_of_a_run_alone(tmp_path):
