@@ -210,6 +210,7 @@ def test_ctrl_c_of_a_run_alone(tmp_path):
     assert "Traceback" not in message
 
 
+@pytest.mark.faults
 def test_sigterm_of_a_run_alone(tmp_path):
     process = start("main.py", *COMMON, "--config.steps=100000", f"--workdir={tmp_path}")
     wait_for(tmp_path / "checkpoints" / "8", [process])

@@ -63,6 +63,7 @@ def test_round_trip_and_keep(saved):
     checkpoints.close()
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("how", ["item", "data", "truncated"])
 def test_a_damaged_newest_checkpoint_is_set_aside(saved, how):
     damage(saved, 4, how)
@@ -79,6 +80,7 @@ def test_a_damaged_newest_checkpoint_is_set_aside(saved, how):
     checkpoints.close()
 
 
+@pytest.mark.faults
 def test_all_damaged(saved):
     for step in (2, 3, 4):
         damage(saved, step, "data")
