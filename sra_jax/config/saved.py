@@ -98,8 +98,8 @@ def read(path: Path) -> ConfigDict:
     except (AttributeError, TypeError, ValueError) as error:  # as ml_collections speaks of values of another type
         raise UserError(f"{path} is not a saved config: {str(error).splitlines()[0]}") from error
     known = {key for key, _ in flatten(default())}
-    new = {key for key, _ in flatten(config)} - known
-    if new := sorted(key for key in new if key.partition(".")[0] not in ("process", "sampling")):
+    keys = [key for key, _ in flatten(config) if key.partition(".")[0] not in ("process", "sampling")]
+    if new := sorted(set(keys) - known):
         raise UserError(
             f"{path} has keys that this version does not know: {', '.join(new[:5])}. A newer version wrote it, or it "
             "was changed by hand: take that version, or remove them"

@@ -183,6 +183,8 @@ def _signals_are_for_this_process_alone() -> Iterator[None]:
 def _end_with_parent(*_: Any) -> None:
     """In a worker: end when the process that reads from it is gone, however it ended."""
     parent = multiprocessing.parent_process()
+    if parent is None:  # read in threads of this process
+        return
 
     def watch() -> None:
         parent.join()

@@ -60,7 +60,7 @@ def _parts(leaf: Any) -> list[tuple[Any, tuple[int, ...]]]:
 
 def _measure(part: Any, start: tuple[int, ...], shape: tuple[int, ...]) -> tuple[Any, Any]:
     """Sum and finiteness of a part: by NumPy where it lies in this machine's memory, which compiles nothing."""
-    if isinstance(part, jax.Array) and part.device.platform != "cpu":
+    if isinstance(part, jax.Array) and next(iter(part.devices())).platform != "cpu":
         return _measure_there(part, np.asarray(start, np.uint32), shape)
     array = np.ascontiguousarray(part).reshape(np.shape(part) or (1,))  # "ascontiguous" alone makes scalars vectors too
     width = min(array.dtype.itemsize, 4)
