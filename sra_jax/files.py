@@ -192,7 +192,7 @@ def write_text(path: Path, text: str) -> None:
 def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write arrays under their names as NumPy's uncompressed archive."""
     with whole(path) as unfinished, unfinished.open("wb") as file:  # by name, NumPy would add a suffix
-        np.savez(file, **arrays)
+        np.savez(file, allow_pickle=False, **arrays)
 
 
 def write_png(path: Path, image: np.ndarray) -> None:

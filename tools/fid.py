@@ -208,6 +208,7 @@ def _label_translation(
         if model is not None:
             names, count = model.class_names, model.config.data.num_classes
         else:
+            assert samples is not None and samples.labels is not None, "accuracy is asked of labelled samples only"
             if samples.labels.min() < 0:
                 raise UserError(f"labels of {FLAGS.samples} run from {samples.labels.min()}, and must be from 0")
             names, count = samples.class_names, int(samples.labels.max()) + 1
@@ -282,14 +283,15 @@ def main() -> None:
     source = _open_reference(model, samples)
     if isinstance(source, ImageSet):
         _say_what_is_there("reference", source)
-    if source is not None and (model or samples is not None):
-        size = samples.shape[1:3] if samples is not None else generator.image_size()
-        evaluate.check_sizes(FLAGS.reference, image_size_of(source), size)
+    if source is not None and samples is not None:
+        evaluate.check_sizes(FLAGS.reference, image_size_of(source), samples.shape[1:3])
+    elif source is not None and generator is not None:
+        evaluate.check_sizes(FLAGS.reference, image_size_of(source), generator.image_size())
     extractor, source = runs.extractor_for(FLAGS.extractor, FLAGS.weights, source)
     parts = frozenset() if source is None else parts_of(source, extractor)
     metrics: tuple[str, ...] = ()
     if model or samples is not None:
-        labels = model is not None or samples.labels is not None
+        labels = model is not None or (samples is not None and samples.labels is not None)
         metrics = _metrics(extractor, parts if source is not None else frozenset(evaluate.PARTS), labels=labels)
     count = len(samples) if samples is not None else FLAGS.num_samples
     if metrics and count < evaluate.least_samples(metrics):
@@ -316,10 +318,10 @@ def _work(
     if source is not None and (FLAGS.make_reference or any(evaluate.METRICS[name][2] for name in metrics)):
         with_features = bool(FLAGS.make_reference or evaluate.NEEDS_FEATURES & set(metrics))
         reference = load_reference(source, extractor, with_features=with_features, batch_size=FLAGS.batch_size)
-    if FLAGS.make_reference:
+    if FLAGS.make_reference and reference is not None:
         files.write_results({pathlib.Path(FLAGS.make_reference): lambda path: save_reference(reference, path)})
         print(f"wrote {FLAGS.make_reference}", file=sys.stderr)
-    if model:
+    if model is not None and generator is not None:
         result = _measure_run(model, generator, reference, extractor, metrics, translation)
     elif samples is not None:
         result = _measure_files(samples, reference, extractor, metrics, translation)

@@ -59,7 +59,7 @@ from tqdm import tqdm
 
 from sra_jax import cli, files, values
 from sra_jax.data import classes, features, shards
-from sra_jax.data.image_sources import open_images
+from sra_jax.data.image_sources import ImageSource, open_images
 from sra_jax.data.moments import MomentsFolder
 from sra_jax.data.preparation import ImageEncoder, MomentsCopier, prepare
 from sra_jax.distributed.devices import check_devices
@@ -171,17 +171,19 @@ def main() -> int:
     check_devices()
     index, count = processes()
     kind, _, path = FLAGS.source.partition(":")
+    source: MomentsFolder | ImageSource
+    maker: MomentsCopier | ImageEncoder
     if kind == "edm2":
         if FLAGS.data_dir:
             raise UserError("--data_dir is the folder of TFDS's sets, and edm2 is none of them")
         if FLAGS.flip:
             raise UserError("--flip needs images: moments that are encoded already cannot be flipped exactly")
-        source = MomentsFolder(path)
+        moments = source = MomentsFolder(path)
         vae_config, fingerprint = autoencoder.read_config(FLAGS.vae), None
-        maker = MomentsCopier(source, vae_config)
+        maker = MomentsCopier(moments, vae_config)
         if FLAGS["image_size"].present and maker.settings["image_size"] != FLAGS.image_size:
             raise UserError(
-                f"--image_size={FLAGS.image_size}, but {path} holds moments {source.shape[1:]}, which are those of "
+                f"--image_size={FLAGS.image_size}, but {path} holds moments {moments.shape[1:]}, which are those of "
                 f"{maker.settings['image_size']} pixels: leave --image_size out"
             )
     else:

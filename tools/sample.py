@@ -64,30 +64,32 @@ def main() -> None:
     if not FLAGS.output and not FLAGS.grid:
         raise UserError("nothing to write: give --output=samples.npz, --grid=grid.png or both")
     files.check_outputs_differ(output=FLAGS.output, grid=FLAGS.grid)
-    for flag in filter(lambda name: FLAGS[name].value, ("output", "grid")):
-        files.check_output(f"--{flag}", FLAGS[flag].value, FLAGS.overwrite)
+    outputs = {flag: path for flag in ("output", "grid") if (path := FLAGS[flag].value)}
+    for flag, path in outputs.items():
+        files.check_output(f"--{flag}", path, FLAGS.overwrite)
     model = TrainedModel(pathlib.Path(FLAGS.workdir), FLAGS.step, FLAGS.weights, sampling_overrides())
     chosen_labels = parse_labels(FLAGS.labels, model.class_names)
     if said := describe_labels(chosen_labels, model.class_names):
         print(f"labels: {said}", file=sys.stderr)
     generator = generator_of(model, FLAGS.batch_size, FLAGS.seed)
     with contextlib.ExitStack() as locks:
-        for flag in filter(lambda name: FLAGS[name].value, ("output", "grid")):
-            locks.enter_context(files.locked_output(FLAGS[flag].value, f"choose another --{flag}"))
+        for flag, path in outputs.items():
+            locks.enter_context(files.locked_output(path, f"choose another --{flag}"))
         make(model, generator, chosen_labels)
 
 
 def make(model: TrainedModel, generator: Generator, chosen_labels: str | Sequence[int]) -> None:
     """Sample and write."""
-    images, labels = [], []
+    batches: list[np.ndarray] = []
+    given: list[np.ndarray] = []
     with tqdm(total=FLAGS.num_samples, desc=f"sampling step {model.step}", unit="image", dynamic_ncols=True) as bar:
         for batch, chosen in generator.images(model.params, FLAGS.num_samples, chosen_labels):
-            if FLAGS.output and not images:
+            if FLAGS.output and not batches:
                 files.check_room("--output", FLAGS.output, batch[0].nbytes * FLAGS.num_samples)
-            images.append(batch)
-            labels.append(chosen)
+            batches.append(batch)
+            given.append(chosen)
             bar.update(len(batch))
-    images, labels = np.concatenate(images), np.concatenate(labels)
+    images, labels = np.concatenate(batches), np.concatenate(given)
     results = {}
     if FLAGS.output:
         arrays = {"arr_0": images, "arr_1": labels.astype(np.int64)}

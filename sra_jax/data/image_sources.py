@@ -10,6 +10,7 @@
 `edm2:DIR` (moments that were already encoded) is in `sra_jax.data.moments`.
 """
 
+import abc
 import dataclasses
 import difflib
 import gzip
@@ -17,7 +18,7 @@ import hashlib
 import os
 import re
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -71,21 +72,31 @@ class ImageSource(Protocol):
     def labels(self) -> np.ndarray:
         """The labels of all images (N,) int64; no image is decoded."""
 
+    def how_to_get_random_access(self) -> str:
+        """What to do where there is none; empty elsewhere."""
+
     def fingerprint(self) -> str:
         """Changes when the set's contents or order change, so far as that is seen without reading every image."""
 
 
-class _RandomAccess:
-    """`items` of a source by its `__getitem__`."""
+class _RandomAccess(abc.ABC):
+    """`items` of a source by its `__getitem__`, `labels` of its `_labels`."""
 
     random_access = True
     left_out = ""
+    _labels: Sequence[int] | np.ndarray
+
+    @abc.abstractmethod
+    def __getitem__(self, index: int) -> ImageItem: ...
 
     def items(self, start: int, stop: int) -> Iterator[ImageItem]:
         return (self[index] for index in range(start, stop))
 
     def labels(self) -> np.ndarray:
         return np.array(self._labels, np.int64)
+
+    def how_to_get_random_access(self) -> str:
+        return ""
 
 
 def _digest(parts: Iterator[str]) -> str:
@@ -144,12 +155,15 @@ class ImageFolder(_RandomAccess):
 class IdxFolder(_RandomAccess):
     """Images and labels in MNIST's IDX files."""
 
-    class_names = None
+    class_names: tuple[str, ...] | None = None
+    _labels: np.ndarray
 
     def __init__(self, path: str):
-        match = re.fullmatch(r"(.*?)(?::(train|t10k))?", path)
-        self._split = match.group(2) or "train"
-        self._folder = existing_folder(match.group(1), f"{self._split}-images-idx3-ubyte and -labels-idx1-ubyte")
+        where, split = path, "train"
+        if found := re.fullmatch(r"(.*):(train|t10k)", path):
+            where, split = found.groups()
+        self._split = split
+        self._folder = existing_folder(where, f"{self._split}-images-idx3-ubyte and -labels-idx1-ubyte")
         labels = self._read("labels-idx1-ubyte", 1)
         self._images: np.ndarray | None = self._read("images-idx3-ubyte", 3)
         if len(labels) != len(self._images):
@@ -195,7 +209,8 @@ class IdxFolder(_RandomAccess):
 class SamplePhotos(_RandomAccess):
     """scikit-learn's two photographs, 640x427 pixels: enough to try every command without a download."""
 
-    class_names: tuple[str, ...] | None = ("china", "flower")
+    _names = ("china", "flower")
+    class_names: tuple[str, ...] | None = _names
     num_classes = 2
     _labels = (0, 1)
 
@@ -209,11 +224,11 @@ class SamplePhotos(_RandomAccess):
     def __getitem__(self, index: int) -> ImageItem:
         from sklearn.datasets import load_sample_image
 
-        name = f"{self.class_names[index]}.jpg"
+        name = f"{self._names[index]}.jpg"
         return ImageItem(f"sklearn:{name}", load_sample_image(name), index)
 
     def fingerprint(self) -> str:
-        return _digest(iter(self.class_names))
+        return _digest(iter(self._names))
 
 
 class TfdsImages:

@@ -14,7 +14,7 @@ from sra_jax.errors import RunError
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """What is decoded, whatever the file's name; Pillow's other decoders never see a user's files."""
 
-LARGEST_PIXELS = 2 * Image.MAX_IMAGE_PIXELS
+LARGEST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)
 """Pillow refuses to decode larger images, as bombs; none is enlarged beyond it either."""
 
 _FILE_S_OWN = (None, errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP)
@@ -62,7 +62,7 @@ def opened(content: bytes | Path) -> Iterator[Image.Image]:
         raise
     except OSError as error:
         if error.errno not in _FILE_S_OWN:
-            raise RunError(f"{content} cannot be read now ({error.strerror}): mend that and start again") from error
+            raise RunError(f"{content!s} cannot be read now ({error.strerror}): mend that and start again") from error
         raise UnreadableImageError(error.strerror or f"{error}" or type(error).__name__) from error
     except Exception as error:  # decoders meet damaged files with every kind of error: SyntaxError, struct.error, ...
         raise UnreadableImageError(f"{error}" or type(error).__name__) from error

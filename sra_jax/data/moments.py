@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import threading
+from collections.abc import Iterator
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -101,7 +102,7 @@ class MomentsFolder:
         path = self._folder / name
         return MomentsItem(str(path), path, label)
 
-    def items(self, start: int, stop: int):
+    def items(self, start: int, stop: int) -> Iterator[MomentsItem]:
         """The examples start..stop-1 in order."""
         return (self[index] for index in range(start, stop))
 

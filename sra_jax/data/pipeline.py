@@ -76,7 +76,7 @@ def non_finite(
       batch: number of the batch.
       most: how many to name.
     """
-    found = []
+    found: list[str] = []
     for index in _Batches(source, batch_size, seed, rows)._indices(batch).tolist():
         if len(found) < most and not all(map(_finite, source[index].values())):
             found.append(source.where(index) if hasattr(source, "where") else f"example {index}")

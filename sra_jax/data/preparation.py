@@ -224,7 +224,8 @@ def prepare(
                     progress(before + images, total)
 
                 tell(0)
-                loaded = load_ahead(source.items(start, stop), maker.load, executor, _BATCHES_AHEAD * batch_size)
+                items: Iterator[Any] = source.items(start, stop)  # those that the maker loads
+                loaded = load_ahead(items, maker.load, executor, _BATCHES_AHEAD * batch_size)
                 made = _moments(loaded, maker, batch_size, layout.numpy_dtype, skipped, on_skip, tell)
                 writer.write(index, made, skipped)
                 report.examples += stop - start - len(skipped)

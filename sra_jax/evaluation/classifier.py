@@ -49,8 +49,11 @@ def split_abstract(image_shape: tuple[int, int, int], num_classes: int) -> tuple
     return graphdef, nnx.to_pure_dict(state)
 
 
-def check_labelled(data: ImageSet) -> None:
+def check_labelled(data: ImageSet) -> np.ndarray:
     """Refuses a set that no classifier can be trained on, before any image is read.
+
+    Returns:
+      The labels (N,).
 
     Raises:
       UserError: no labels, images larger than LARGEST_SIDE, fewer than two classes or 20 images.
@@ -71,12 +74,13 @@ def check_labelled(data: ImageSet) -> None:
             f"{data.name} has {len(data)} images with labels {lowest} to {highest}; the classifier needs at least "
             f"{2 * HELD_OUT} images of two classes, numbered from 0 to at most {MOST_CLASSES - 1}"
         )
+    return data.labels
 
 
 def load_labelled(data: ImageSet) -> tuple[np.ndarray, np.ndarray]:
     """All images (N,H,W,C) and labels (N,) of a set; see `check_labelled`."""
-    check_labelled(data)
-    return np.concatenate([images for images, _ in data.batches(1024)]), data.labels
+    labels = check_labelled(data)
+    return np.concatenate([images for images, _ in data.batches(1024)]), labels
 
 
 def fingerprint(images: np.ndarray, labels: np.ndarray) -> str:
@@ -108,8 +112,8 @@ def train_classifier(
     optimizer = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, steps))
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(parameters, optimizer_state, images, labels):
-        def loss(parameters):
+    def step(parameters: Any, optimizer_state: Any, images: jax.Array, labels: jax.Array) -> tuple[Any, Any]:
+        def loss(parameters: Any) -> jax.Array:
             _, logits = nnx.merge(graphdef, parameters)(images)
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
@@ -129,7 +133,7 @@ def train_classifier(
         )
 
     @jax.jit
-    def predict(parameters, images):
+    def predict(parameters: Any, images: jax.Array) -> jax.Array:
         return jnp.argmax(nnx.merge(graphdef, parameters)(images)[1], axis=-1)
 
     test_images, test_labels = images[held_out], labels[held_out]

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -87,7 +88,7 @@ def dataset_images(data: ConfigDict, *, labelled: bool = True) -> ImageSet:
     def read(batch_size: int) -> Iterator[np.ndarray]:
         for start in range(0, count, batch_size):
             examples = [dataset.source[i] for i in range(start, min(start + batch_size, count))]
-            batch = {name: np.stack([example[name] for example in examples]) for name in examples[0]}
+            batch = {name: jnp.asarray(np.stack([example[name] for example in examples])) for name in examples[0]}
             yield np.asarray(decode(dataset.encode(batch, None)))
 
     shape = next(read(1)).shape[1:]

@@ -1,7 +1,7 @@
 """All metrics of a stream of images in one pass: used by tools/fid.py and by the training loop."""
 
 import itertools
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,7 +43,7 @@ def default_metrics(extractor: Extractor, *, labels: bool, parts: Collection[str
 
 
 def label_translation(
-    extractor: Extractor, class_names: Collection[str] | None, num_classes: int, what: str
+    extractor: Extractor, class_names: Sequence[str] | None, num_classes: int, what: str
 ) -> np.ndarray:
     """The samples' labels (num_classes,) in the numbering of a classifier's reference, by the classes' names.
 
@@ -206,15 +206,17 @@ def measure_features(
         raise UserError(f"metrics need at least 2 images, got {count}")
 
     computed: dict[str, Any] = {}
-    if "fid" in metrics:
-        computed["fid"] = frechet_distance(pool.statistics(), reference.pool)
-    if "sfid" in metrics:
-        computed["sfid"] = frechet_distance(spatial.statistics(), reference.spatial)
+    if reference is not None:
+        if "fid" in metrics:
+            computed["fid"] = frechet_distance(pool.statistics(), reference.pool)
+        if "sfid" in metrics and reference.spatial is not None:
+            computed["sfid"] = frechet_distance(spatial.statistics(), reference.spatial)
+        if kept:
+            computed |= metrics_of_features(np.concatenate(kept), reference, metrics, seed=seed)
     if "inception_score" in metrics:
         computed["inception_score"] = score.result()
     if "accuracy" in metrics:
         computed["accuracy"] = correct / count
-    computed |= metrics_of_features(np.concatenate(kept), reference, metrics, seed=seed) if kept else {}
     described = {
         "num_samples": count,
         "image_size": list(image_size),
@@ -234,11 +236,12 @@ def metrics_of_features(
       UserError: too few features.
     """
     computed: dict[str, float] = {}
-    if {"precision", "recall"} & set(metrics):
-        result = precision_recall(features, reference.features)
+    stored = reference.features
+    if stored is not None and {"precision", "recall"} & set(metrics):
+        result = precision_recall(features, stored)
         computed |= {name: getattr(result, name) for name in ("precision", "recall") if name in metrics}
-    if "kid" in metrics:
-        distance = kernel_distance(features, reference.features, seed=seed)
+    if stored is not None and "kid" in metrics:
+        distance = kernel_distance(features, stored, seed=seed)
         computed |= {"kid": distance.mean, "kid_std": distance.std, "kid_subset_size": distance.subset_size}
     if "fid_infinity" in metrics:
         computed["fid_infinity"] = fid_infinity(features, reference.pool, seed=seed)

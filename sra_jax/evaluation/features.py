@@ -56,8 +56,8 @@ def rebatch(batches: Iterable[ImageBatch], batch_size: int) -> Iterator[ImageBat
     """
     waiting: collections.deque[ImageBatch] = collections.deque()
 
-    def take(count):
-        parts = []
+    def take(count: int) -> ImageBatch:
+        parts: list[ImageBatch] = []
         while count:
             images, labels = waiting.popleft()
             if len(images) > count:
@@ -65,15 +65,14 @@ def rebatch(batches: Iterable[ImageBatch], batch_size: int) -> Iterator[ImageBat
                 images, labels = images[:count], None if labels is None else labels[:count]
             parts.append((images, labels))
             count -= len(images)
-        images, labels = zip(*parts, strict=True)
-        for part in images:
-            if part.shape[1:] != images[0].shape[1:]:
-                raise UserError(
-                    f"images of {part.shape[1:]}, expected {images[0].shape[1:]} (height, width, channels)"
-                )
-        if len({known is None for known in labels}) > 1:
+        shape = parts[0][0].shape[1:]
+        for images, _ in parts:
+            if images.shape[1:] != shape:
+                raise UserError(f"images of {images.shape[1:]}, expected {shape} (height, width, channels)")
+        known = [labels for _, labels in parts if labels is not None]
+        if known and len(known) < len(parts):
             raise UserError("some images have labels and others do not")
-        return np.concatenate(images), None if labels[0] is None else np.concatenate(labels)
+        return np.concatenate([images for images, _ in parts]), np.concatenate(known) if known else None
 
     available = 0
     for images, labels in batches:
@@ -118,7 +117,9 @@ def extract_features(
     parameters = jax.device_put(extractor.parameters, shared)
     run = jax.jit(extractor.apply)
 
-    def fetch(outputs, count, labels):
+    def fetch(
+        outputs: Mapping[str, jax.Array], count: int, labels: np.ndarray | None
+    ) -> tuple[Features, np.ndarray | None]:
         features = {name: np.asarray(values)[:count] for name, values in outputs.items()}
         for name, values in features.items():
             if not np.isfinite(values).all():

@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from tqdm import tqdm
@@ -136,7 +137,7 @@ def read_npz(path: Path, names: list[str]) -> dict[str, np.ndarray]:
         return {name: arrays[name] for name in names}
 
 
-def _read_header(member) -> tuple[tuple[int, ...], bool, np.dtype]:
+def _read_header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     version = np.lib.format.read_magic(member)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     return read(member)
@@ -187,7 +188,7 @@ def open_npz(path: Path, *, name: str | None = None) -> ImageSet:
                 "classes"
             )
 
-    def read(batch_size):
+    def read(batch_size: int) -> Iterator[np.ndarray]:
         with _readable(path), zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
             _read_header(member)
             image_bytes = int(np.prod(shape[1:]))
@@ -198,7 +199,9 @@ def open_npz(path: Path, *, name: str | None = None) -> ImageSet:
                     raise EOFError(f"arr_0 ends after {start + len(data) // image_bytes} of {shape[0]} images")
                 yield np.frombuffer(data, np.uint8).reshape(count, *shape[1:])
 
-    return ImageSet(name or path.stem, shape, None if labels is None else labels.astype(np.int64), read, class_names)
+    count, height, width, channels = shape
+    labels = None if labels is None else labels.astype(np.int64)
+    return ImageSet(name or path.stem, (count, height, width, channels), labels, read, class_names)
 
 
 def _decode(path: Path) -> np.ndarray:
@@ -231,9 +234,10 @@ def open_folder(folder: Path, *, name: str | None = None) -> ImageSet:
     if not paths:
         raise UserError(f"{folder} holds no {', '.join(IMAGE_SUFFIXES)} files")
     labels = np.repeat(np.arange(len(classes)), [len(files) for files in classes.values()]) if classes else None
-    first = _decode(paths[0]).shape
+    first: tuple[int, ...] = _decode(paths[0]).shape
+    height, width, channels = first
 
-    def decode(path):
+    def decode(path: Path) -> np.ndarray:
         image = _decode(path)
         if image.shape != first:
             raise UserError(
@@ -241,13 +245,13 @@ def open_folder(folder: Path, *, name: str | None = None) -> ImageSet:
             )
         return image
 
-    def read(batch_size):
+    def read(batch_size: int) -> Iterator[np.ndarray]:
         with ThreadPoolExecutor() as pool:
             for start in range(0, len(paths), batch_size):
                 yield np.stack(list(pool.map(decode, paths[start : start + batch_size])))
 
     return ImageSet(
-        name or folder.resolve().name, (len(paths), *first), labels, read, tuple(classes) or None,
+        name or folder.resolve().name, (len(paths), height, width, channels), labels, read, tuple(classes) or None,
         image_files.described(tree.left_out),
     )  # fmt: skip
 

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -47,7 +46,8 @@ class Reference:
     class_names: tuple[str, ...] | None = None
 
 
-class Stored(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Stored:
     """What a statistics file of ours says of itself; see `Reference`."""
 
     name: str
@@ -245,7 +245,7 @@ def _load_stored(path: Path, metadata: Stored, extractor: Extractor) -> Referenc
         pool=pool,
         spatial=_statistics(path, SPATIAL) if set(SPATIAL) <= set(names) else None,
         features=features,
-        **metadata._asdict(),
+        **dataclasses.asdict(metadata),
     )
 
 

@@ -73,6 +73,8 @@ def extractor_for(
         return dataclasses.replace(extractor, class_names=stored.class_names), reference
     refuse_inception_statistics(reference, name)
     images = reference_images(reference)
+    if images is None:
+        raise UserError(f"--extractor={name} is trained on a reference's images, and {reference} holds none")
     if weights is None:
         check_labelled(images)
         images = images.in_memory()
@@ -95,7 +97,7 @@ class Samples:
     """
 
     generator: Generator
-    params: Mapping[str, Any]
+    params: dict[str, Any]
     count: int
     labels: str | Sequence[int]
     extractor: Extractor
@@ -166,6 +168,7 @@ class Samples:
         return chunk
 
     def _path(self, start: int, stop: int) -> Path:
+        assert self.folder is not None, "only what is kept has a path"
         return self.folder / f"{start:07d}_{stop:07d}.npz"
 
     def write_npz(self, path: Path, class_names: Sequence[str] | None = None) -> None:

@@ -300,7 +300,7 @@ def _arguments(content: Mapping[Any, Any]) -> Mapping[str, Any]:
 def _step(content: Mapping[Any, Any], otherwise: int) -> int:
     """The number of updates, which may be saved as a tensor."""
     for key in STEPS:
-        value = content.get(key)
+        value: Any = content.get(key)
         if getattr(value, "numel", lambda: 0)() == 1:
             value = value.item()
         if isinstance(value, float) and value.is_integer():

@@ -39,7 +39,8 @@ class TrainingEvaluation:
         if not self._leads:
             return
         reference = open_reference(settings.reference, config.data, labelled=settings.extractor == "classifier")
-        self._extractor, reference = extractor_for(settings.extractor, settings.weights or None, reference)
+        self._extractor, found = extractor_for(settings.extractor, settings.weights or None, reference)
+        reference = reference if found is None else found
         parts = parts_of(reference, self._extractor)
         self._metrics = evaluate.default_metrics(self._extractor, labels=True, parts=parts)
         self._translation = None
