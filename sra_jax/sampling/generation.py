@@ -73,7 +73,9 @@ def make_sampler(config: ConfigDict, networks: Networks) -> Callable[[Params, ja
             return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, stream), shape))(keys)
 
         def denoise(x: jax.Array, t: jax.Array, y: jax.Array) -> jax.Array:
-            return networks.model(params)(x, t, y)[0]
+            prediction, _ = networks.model(params)(x, t, y)
+            assert prediction is not None, "only a network that is stopped predicts nothing"
+            return prediction
 
         return sampler.sample(
             process, denoise, normals(0), labels, lambda i: normals(i + 1), steps=config.sampling.steps,
@@ -116,7 +118,8 @@ class Generator:
     def image_size(self) -> tuple[int, int]:
         """Height and width of the images, pixels; one latent of zeros is decoded to know it."""
         size, channels = self._config.data.image_size, self._config.data.channels
-        return self._decoder(jnp.zeros((1, size, size, channels))).shape[1:3]
+        _, height, width, _ = self._decoder(jnp.zeros((1, size, size, channels))).shape
+        return height, width
 
     def images(
         self, params: Params, count: int, labels: str | Sequence[int] = "balanced", start: int = 0
