@@ -23,10 +23,9 @@ from sra_jax.methods.method import Draws, Method, Seen, Term, check_weight
 from sra_jax.models.transformer import TransformerConfig
 
 
-def other_rows(key: jax.Array, count: int) -> jax.Array:
-    """For each of `count` rows another one, (count,) int32: uniform, with replacement, never itself."""
-    drawn = jax.random.randint(key, (count,), 0, count - 1, jnp.int32)
-    return drawn + (drawn >= jnp.arange(count))
+def other_rows(drawn: jax.Array) -> jax.Array:
+    """For each row another one, never itself: (B,) int32 of integers 0..B-2, each of which stands for one of them."""
+    return drawn + (drawn >= jnp.arange(drawn.shape[0]))
 
 
 def rows_of_other_labels(key: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -65,20 +64,28 @@ class DeltaFM(Method):
     def draw(self, key: jax.Array, given: Draws, process: Process, shape: TransformerConfig) -> dict[str, jax.Array]:
         """negative (B,H,W,C), the velocity of each row's negative; anchor (B,), weights of the mean over anchors."""
         y = given["y"]
-        anchors = y != shape.num_classes if self.drop_null else jnp.ones(y.shape, bool)
-        if self.negatives == "any":
-            chosen = other_rows(key, y.shape[0])
-        else:
-            chosen, found = rows_of_other_labels(key, y)
-            anchors &= found
+        if self.negatives == "any":  # uniform, with replacement
+            drawn = jax.random.randint(key, y.shape, 0, y.shape[0] - 1, jnp.int32)
+            return self.contrasted(given, other_rows(drawn), jnp.ones(y.shape, bool), process, shape)
+        return self.contrasted(given, *rows_of_other_labels(key, y), process, shape)
+
+    def contrasted(
+        self, given: Draws, chosen: jax.Array, found: jax.Array, process: Process, shape: TransformerConfig
+    ) -> dict[str, jax.Array]:
+        """What `draw` returns, of the row of each one's negative (B,) int and whether it has one (B,) bool."""
+        anchors = found & (given["y"] != shape.num_classes) if self.drop_null else found
         times = position_times(given["t"], given.get("groups"), shape)
         flow = cast(Flow, process)  # `processes` names flows only
         return {"negative": flow.target(given["x0"], given["e"], times)[chosen], "anchor": anchor_weights(anchors)}
 
-    def loss(self, seen: Seen) -> Term:
-        """Minus the mean over anchors of the squared error against the negative's velocity."""
+    def contrast(self, seen: Seen) -> jax.Array:
+        """Each example's squared error against its negative's velocity, times its weight of an anchor, (B,)."""
         error = seen.prediction.astype(jnp.float32) - seen.example["negative"]
-        return Term(-(seen.example["anchor"] * jnp.square(error).mean(axis=(1, 2, 3))).mean())
+        return seen.example["anchor"] * jnp.square(error).mean(axis=(1, 2, 3))
+
+    def loss(self, seen: Seen) -> Term:
+        """Minus the mean over anchors."""
+        return Term(-self.contrast(seen).mean())
 
     def check(self, shape: TransformerConfig, batch_size: int, microbatch: int) -> None:
         del shape, microbatch

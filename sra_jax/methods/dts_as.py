@@ -125,26 +125,34 @@ class DualTimes(Method):
         first = given["t"]
         batch, groups = first.shape[0], self.groups
         if groups == 1:
-            return {"label": given["label"], "s": self._teacher_times(offset_key, first, process)}
-        later = process.sample_time(time_key, batch * (groups - 1)).reshape(batch, groups - 1)
-        t = jnp.concatenate([first[:, None], later], axis=1)
-        if not self.dual_time:
-            t = jnp.broadcast_to(first[:, None], t.shape)
+            t = first
+        elif self.dual_time:
+            later = process.sample_time(time_key, batch * (groups - 1)).reshape(batch, groups - 1)
+            t = jnp.concatenate([first[:, None], later], axis=1)
+        else:
+            t = jnp.broadcast_to(first[:, None], (batch, groups))
         order = jax.random.uniform(order_key, (batch, shape.tokens))
-        of_token = random_groups(order, counts(self.ratios, shape.tokens))
-        whole = jax.random.uniform(whole_key, (batch, 1)) < self.whole_share
-        return {
-            "t": t, "groups": jnp.where(whole, groups - 1, of_token),
-            "s": self._teacher_times(offset_key, t, process), "label": given["label"],
-        }  # fmt: skip
+        whole = jax.random.uniform(whole_key, (batch,))
+        earlier = process.teacher_time(offset_key, t, self.interval) if self.teacher_time == "sra" else t
+        return {"label": given["label"], **self.arranged(t, earlier, order, whole)}
 
-    def _teacher_times(self, key: jax.Array, t: jax.Array, process: Process) -> jax.Array:
-        if self.teacher_time == "sra":
-            return process.teacher_time(key, t, self.interval)
-        if self.teacher_time == "same" or t.ndim == 1:
-            return t
-        smallest = t.min(axis=1)
-        return jnp.broadcast_to(smallest[:, None], t.shape) if self.teacher_mask else smallest
+    def arranged(self, t: jax.Array, earlier: jax.Array, order: jax.Array, whole: jax.Array) -> dict[str, jax.Array]:
+        """t, groups and s of `draw`.
+
+        Args:
+          t: times of the groups (B,G), or (B,) where there is one.
+          earlier: of teacher_time=sra, a less noisy time for each; t otherwise.
+          order: numbers (B,N) whose order is the random order of the tokens.
+          whole: numbers (B,) in 0..1; an example whose number is below `whole_share` is left whole.
+        """
+        s = earlier
+        if self.teacher_time == "self_flow" and self.groups > 1:
+            s = t.min(axis=1)
+            s = jnp.broadcast_to(s[:, None], t.shape) if self.teacher_mask else s
+        if self.groups == 1:
+            return {"t": t, "s": s}
+        of_token = random_groups(order, counts(self.ratios, order.shape[1]))
+        return {"t": t, "groups": jnp.where(whole[:, None] < self.whole_share, self.groups - 1, of_token), "s": s}
 
     def teacher_view(self, example: Draws, shape: TransformerConfig) -> View:
         if example["s"].ndim == 1:

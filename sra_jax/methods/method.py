@@ -44,6 +44,11 @@ class View:
     separate: bool = False
     sizes: tuple[int, ...] | None = None
 
+    @property
+    def segments(self) -> jax.Array | None:
+        """As the networks take them."""
+        return self.groups if self.separate else None
+
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
@@ -68,6 +73,11 @@ class Seen:
     process: Process
     shape: TransformerConfig
     head: Callable[[str, jax.Array], jax.Array]
+
+    @property
+    def denoising(self) -> jax.Array:
+        """The denoising loss of each example, (B,) float32."""
+        return self.process.loss(self.prediction, self.example["x0"], self.example["e"], self.position_times)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -71,9 +71,14 @@ class SelfFlow(Method):
     def draw(self, key: jax.Array, given: Draws, process: Process, shape: TransformerConfig) -> dict[str, jax.Array]:
         """t (B,2): the times of the tokens outside of M and in M; groups (B,N): 1 in M; s (B,): the smaller time."""
         time_key, mask_key = jax.random.split(key)
-        t, second = given["t"], process.sample_time(time_key, given["t"].shape[0])
-        masked = jax.random.uniform(mask_key, (t.shape[0], shape.tokens)) < self.share
-        return {"t": jnp.stack([t, second], axis=1), "groups": masked.astype(jnp.int32), "s": jnp.minimum(t, second)}
+        t = given["t"]
+        uniform = jax.random.uniform(mask_key, (t.shape[0], shape.tokens))
+        return self.arranged(t, process.sample_time(time_key, t.shape[0]), uniform)
+
+    def arranged(self, t: jax.Array, second: jax.Array, uniform: jax.Array) -> dict[str, jax.Array]:
+        """What `draw` returns, of the two times (B,) and of the numbers (B,N) that decide which tokens are in M."""
+        masked = (uniform < self.share).astype(jnp.int32)
+        return {"t": jnp.stack([t, second], axis=1), "groups": masked, "s": jnp.minimum(t, second)}
 
     def teacher_view(self, example: Draws, shape: TransformerConfig) -> View:
         del shape

@@ -149,17 +149,17 @@ class Condition:
     Attributes:
       vector: SiLU of the conditioning vector of each group, (B*G,D), the groups of an example in a row.
       groups: (B,N) int, the group of each token; None: one group an example.
-      separate: whether a token attends to the tokens of its own group only.
-      sizes: where the tokens lie in order of their groups, of which every example has the same numbers: these numbers.
+      segments: (B,N) int of attention: tokens of unequal numbers do not see each other; None: all do, but for `sizes`.
+      sizes: instead of `segments`, where the tokens lie in order of them, and every example has as many of each.
     """
 
     vector: jax.Array
     groups: jax.Array | None = None
-    separate: bool = False
+    segments: jax.Array | None = None
     sizes: tuple[int, ...] | None = None
 
 
-jax.tree_util.register_dataclass(Condition, data_fields=["vector", "groups"], meta_fields=["separate", "sizes"])
+jax.tree_util.register_dataclass(Condition, data_fields=["vector", "groups", "segments"], meta_fields=["sizes"])
 
 
 @jax.custom_vjp
@@ -250,10 +250,8 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array, condition: "Condition | None" = None) -> jax.Array:
         qkv, precision = self.qkv(x), self.config.precision
-        if condition is None or not condition.separate:
-            return self.out(operations.attend(qkv, precision))
-        if condition.sizes is None:
-            return self.out(operations.attend(qkv, precision, condition.groups))
+        if condition is None or condition.sizes is None:
+            return self.out(operations.attend(qkv, precision, condition and condition.segments))
         ends = np.cumsum(condition.sizes)
         parts = [operations.attend(part, precision) for part in jnp.split(qkv, ends[:-1], axis=1)]
         return self.out(jnp.concatenate(parts, axis=1))
@@ -348,8 +346,9 @@ class Transformer(nnx.Module):
         return nnx.silu(self.time_embedding(t.reshape(-1)).astype(jnp.float32) + labels)
 
     def __call__(
-        self, x: jax.Array, t: jax.Array, y: jax.Array, *, groups: jax.Array | None = None, separate: bool = False,
-        sizes: tuple[int, ...] | None = None, taps: Sequence[int] = (), stop: int | None = None,
+        self, x: jax.Array, t: jax.Array, y: jax.Array, *, groups: jax.Array | None = None,
+        segments: jax.Array | None = None, sizes: tuple[int, ...] | None = None, taps: Sequence[int] = (),
+        stop: int | None = None,
     ) -> tuple[jax.Array | None, tuple[jax.Array, ...]]:
         """Predict, and return tokens on the way.
 
@@ -358,9 +357,10 @@ class Transformer(nnx.Module):
           t: times (B,), or (B,G) where an example's tokens have times in groups; fed to the sinusoids unscaled.
           y: labels (B,) int in [0, num_classes); or `num_classes`, the null label, where there is one.
           groups: with t (B,G): the group of each token, (B,N) int in 0..G-1, tokens row-major.
-          separate: with groups: a token attends to the tokens of its own group only (attention separation).
-          sizes: with separate: how many tokens each group has, where that is the same in every example. Attention then
-            computes the scores within groups alone; without it, all scores, of which it masks some.
+          segments: (B,N) int: a token attends to those of its own number only, such as those of its group (attention
+            separation); None: to all.
+          sizes: with segments: how many tokens each has, where that is the same in every example. Attention then
+            computes the scores within segments alone; without it, all scores, of which it masks some.
           taps: block numbers 1..depth, ascending: return the tokens after these blocks. Block counts start at 1 as in
             the paper: m means "after m blocks".
           stop: run blocks 1..stop only, without the final layer; None runs all. Later blocks cost nothing.
@@ -376,12 +376,18 @@ class Transformer(nnx.Module):
             raise ValueError(f"t {t.shape}: times (B,G) need the group of each token, times (B,) take none")
         tokens = self.placement.rows(self.embed(x))
         order = back = None
-        if separate and sizes is not None and groups is not None:
-            order = jnp.argsort(groups, axis=1, stable=True)
+        if segments is None:
+            sizes = None
+        elif sizes is not None:
+            order = jnp.argsort(segments, axis=1, stable=True)
             back = jnp.argsort(order, axis=1)
             tokens = reordered(tokens, order, back)
-            groups = jnp.broadcast_to(np.repeat(np.arange(len(sizes)), sizes), groups.shape)
-        condition = Condition(self.placement.rows(self.condition(t, y)), groups, separate, sizes)
+            if groups is segments:
+                groups = jnp.broadcast_to(np.repeat(np.arange(len(sizes)), sizes), groups.shape)
+            elif groups is not None:
+                groups = jnp.take_along_axis(groups, order, axis=1)
+            segments = None  # the sizes say it
+        condition = Condition(self.placement.rows(self.condition(t, y)), groups, segments, sizes)
         shared = dataclasses.replace(condition, vector=self.placement.shared(condition.vector))
         graphdef, params = nnx.split(self.blocks)
 

@@ -69,33 +69,51 @@ def total_loss(
       networks, process, methods: the static parts; the baseline's loss is L_gen and no teacher is run.
 
     Returns:
-      The loss; its parts and norms of tokens, scalars; and for each method a few tokens of what it works on and
-      compares, as `sample` takes them.
+      As `summed`.
     """
+    return summed(look(params, teacher, example, networks=networks, process=process, methods=methods), weights, methods)
+
+
+def look(
+    params: Params, teacher: Params, example: Mapping[str, jax.Array], *, networks: Networks, process: Process,
+    methods: Methods,
+) -> Seen:
+    """The student's pass over a batch and, where a method asks for it, the teacher's; arguments as `total_loss`."""
     shape, x0, e = networks.shape, example["x0"], example["e"]
 
     def run(params: Params, view: View, **options: Any) -> tuple[Any, jax.Array]:
         times = position_times(view.t, view.groups, shape)
         result = networks.model(params)(
-            process.perturb(x0, e, times), view.t, view.y, groups=view.groups, separate=view.separate, sizes=view.sizes,
+            process.perturb(x0, e, times), view.t, view.y, groups=view.groups, segments=view.segments, sizes=view.sizes,
             **options,
         )
         return result, times
 
     taps = methods.student_taps
     (prediction, tapped), times = run(params, methods.student_view(example, shape), taps=taps)
-    loss = process.loss(prediction, x0, e, times).mean()
-    metrics: Metrics = {"loss_denoising": loss}
     taught: dict[int, jax.Array] = {}
     if methods.teaching:
         last = methods.teacher_taps
         view = methods.teaching.teacher_view(example, shape)
         (_, tokens), _ = run(jax.lax.stop_gradient(teacher), view, taps=last, stop=last[-1])
         taught = dict(zip(last, tokens, strict=True))
-    seen = Seen(
+    return Seen(
         example, dict(zip(taps, tapped, strict=True)), taught, prediction, times, process, shape,
         lambda name, tokens: networks.head(params, name)(tokens),
     )  # fmt: skip
+
+
+def summed(
+    seen: Seen, weights: Mapping[str, jax.Array], methods: Methods
+) -> tuple[jax.Array, tuple[Metrics, Metrics]]:
+    """The loss of what the networks made of a batch.
+
+    Returns:
+      The loss; its parts and norms of tokens, scalars; and for each method a few tokens of what it works on and
+      compares, as `sample` takes them.
+    """
+    loss = seen.denoising.mean()
+    metrics: Metrics = {"loss_denoising": loss}
     samples = {}
     for method in methods:
         term = method.loss(seen)

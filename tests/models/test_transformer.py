@@ -240,7 +240,8 @@ def test_groups_of_known_sizes_attend_as_masked_ones_do():
     t = jax.random.uniform(jax.random.key(2), (len(x), 2))
 
     def summary(params, sizes):
-        prediction, taps = nnx.merge(graphdef, params)(x, t, y, groups=groups, separate=True, sizes=sizes, taps=(1, 3))
+        prediction, taps = nnx.merge(graphdef, params)(x, t, y, groups=groups, segments=groups, sizes=sizes,
+                                                            taps=(1, 3))  # fmt: skip
         return sum(jnp.sin(part).sum() for part in (prediction, *taps)), (prediction, taps)
 
     run = jax.jit(jax.value_and_grad(summary, has_aux=True), static_argnums=1)
