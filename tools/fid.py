@@ -64,7 +64,7 @@ from sra_jax.evaluation.reference import (
     stored_metadata,
 )
 from sra_jax.runs.trained import TrainedModel
-from sra_jax.sampling.generation import Generator, generator_of
+from sra_jax.sampling.generation import Generator, generator_of, labels_for
 from sra_jax.sampling.options import LABELS_HELP, define_sampling_flags, parse_labels, sampling_overrides
 
 FLAGS = flags.FLAGS
@@ -275,7 +275,7 @@ def main() -> None:
     if FLAGS.workdir:
         files.check_output("--workdir", pathlib.Path(FLAGS.workdir) / runs.FOLDER, folder=True)
         model = TrainedModel(pathlib.Path(FLAGS.workdir), FLAGS.step, FLAGS.tree, sampling_overrides())
-        parse_labels(FLAGS.labels, model.class_names)
+        labels_for(np.zeros(1, np.int64), parse_labels(FLAGS.labels, model.class_names), model.config.data.num_classes, 0)
         generator = generator_of(model, FLAGS.sampling_batch_size, FLAGS.seed)  # finds the decoder's weights
     if FLAGS.samples:
         samples = open_images(FLAGS.samples)
