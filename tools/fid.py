@@ -275,7 +275,8 @@ def main() -> None:
     if FLAGS.workdir:
         files.check_output("--workdir", pathlib.Path(FLAGS.workdir) / runs.FOLDER, folder=True)
         model = TrainedModel(pathlib.Path(FLAGS.workdir), FLAGS.step, FLAGS.tree, sampling_overrides())
-        labels_for(np.zeros(1, np.int64), parse_labels(FLAGS.labels, model.class_names), model.config.data.num_classes, 0)
+        chosen = parse_labels(FLAGS.labels, model.class_names)
+        labels_for(np.zeros(1, np.int64), chosen, model.config.data.num_classes, FLAGS.seed)  # these classes are there
         generator = generator_of(model, FLAGS.sampling_batch_size, FLAGS.seed)  # finds the decoder's weights
     if FLAGS.samples:
         samples = open_images(FLAGS.samples)

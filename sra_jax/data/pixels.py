@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from sra_jax.data.dataset import Dataset, Decoder, Example
-from sra_jax.data.image_sources import ImageSource, open_images
+from sra_jax.data.image_sources import ImageSource, TfdsImages, open_images
 from sra_jax.data.images import UnreadableImageError, centre_crop, read_image, to_array
 from sra_jax.errors import UserError
 
@@ -66,7 +66,7 @@ def load(data: Any) -> Dataset:
     if data.image_size < 1:
         raise UserError(f"data.image_size={data.image_size} must be at least 1")
     source = open_images(data.path)
-    if not source.random_access:
+    if isinstance(source, TfdsImages) and not source.random_access:
         raise UserError(
             f"{data.path} is stored without random access, which shuffling needs. {source.how_to_get_random_access()}"
         )

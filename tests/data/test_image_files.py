@@ -42,6 +42,7 @@ def folder(tmp_path):
     return root
 
 
+@pytest.mark.faults
 def test_hidden_and_system_entries_are_no_classes_and_no_images(folder):
     """At no level, for neither reader; the rest is counted, loops of links end, pipes are never opened."""
     source = open_images(f"imagefolder:{folder}")

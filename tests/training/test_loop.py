@@ -120,6 +120,7 @@ def test_a_nan_in_the_training_set_is_named(tmp_path, tiny_vae):
         train(recipe(**changes), tmp_path / "run")
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
