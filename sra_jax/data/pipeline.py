@@ -7,7 +7,9 @@ import os
 import signal
 import sys
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
+from multiprocessing import resource_tracker
 from typing import Any
 
 import grain
@@ -19,6 +21,9 @@ READ_THREADS = 2
 PREFETCH_BATCHES = 4
 RESTARTS = 3
 """How often lost workers are replaced before as many batches were read as there are workers."""
+
+TO_THE_GROUP = {signal.SIGINT, signal.SIGTERM}
+"""Signals that a terminal, or a scheduler, sends to all processes of a group."""
 
 
 class WorkerLost(Exception):
@@ -134,7 +139,9 @@ class _WorkerStream:
     def _open(self) -> None:
         options = grain.MultiprocessingOptions(num_workers=self._workers)
         stream = _stream(self._reader, self._next, self._threads)
-        self._stream = iter(stream.mp_prefetch(options, worker_init_fn=_end_with_parent))
+        self._stream = iter(stream.mp_prefetch(options, worker_init_fn=_begin_worker))
+        # Python's exit would wait for workers that do not hear how it ends them
+        self._closing = weakref.finalize(self, self._stream.close)
 
     def __iter__(self) -> "_WorkerStream":
         return self
@@ -163,7 +170,7 @@ class _WorkerStream:
 
     def close(self) -> None:
         """End the workers."""
-        self._stream.close()
+        self._closing()
 
 
 @contextlib.contextmanager
@@ -172,18 +179,20 @@ def _signals_are_for_this_process_alone() -> Iterator[None]:
 
     They inherit which signals are held back; this process hears them on its other threads, and otherwise afterwards.
     """
-    held = {signal.SIGINT, signal.SIGTERM}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, held)
+    resource_tracker.ensure_running()  # its start, which else comes before the first worker's, lets the signals through
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, TO_THE_GROUP)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _end_with_parent(*_: Any) -> None:
-    """In a worker: end when the process that reads from it is gone, however it ended."""
+def _begin_worker(*_: Any) -> None:
+    """In a worker: hear no signal of the group, and end when the process that reads is gone, however it ended."""
+    for number in TO_THE_GROUP:
+        signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
-    if parent is None:  # read in threads of this process
+    if parent is None:
         return
 
     def watch() -> None:
