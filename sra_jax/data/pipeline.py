@@ -154,12 +154,12 @@ class _WorkerStream:
             except RuntimeError as error:
                 if "terminated unexpectedly" not in str(error):  # grain's words for a worker without an error
                     raise
-                self._replace(error)
+                self._replace()
             else:
                 self._next += 1
                 return batch
 
-    def _replace(self, error: RuntimeError) -> None:
+    def _replace(self) -> None:
         self.close()
         self._lost_at = [lost for lost in self._lost_at if lost > self._next - self._workers] + [self._next]
         how = "a worker process of data.workers was killed from outside, perhaps because memory ran out"
