@@ -71,6 +71,7 @@ def test_training_goes_on_where_the_file_stopped(imported, tmp_path):
     shutil.copytree(imported, workdir)
     done = run("main.py", *DEMO, "--config.steps=4", f"--workdir={workdir}")
     assert f"resuming {workdir} at step 0" in done.stdout
+    assert "without checksums" not in done.stdout
     assert (workdir / "checkpoints" / "4").is_dir()
 
 
