@@ -10,6 +10,7 @@ from sra_jax.config.flag import define_flag
 from sra_jax.config.keys import DTYPES, FREE_KEYS, default, flatten
 from sra_jax.config.limits import check_workers
 from sra_jax.config.objects import (
+    correction_of,
     fewest_devices,
     guidance_interval,
     guidance_of,
@@ -26,8 +27,8 @@ from sra_jax.config.saved import differences, from_flag, from_json, read, readab
 from sra_jax.diffusion.registry import process_defaults
 
 __all__ = [
-    "DTYPES", "FREE_KEYS", "check", "check_workers", "default", "define_flag", "differences", "fewest_devices",
-    "flatten", "from_flag", "from_json", "guidance_interval", "guidance_of", "mesh_shape", "method_names",
-    "methods_of", "process_defaults", "process_of", "read", "readable", "sampler_of", "step_flops", "to_json",
-    "total_steps", "transformer_of",
+    "DTYPES", "FREE_KEYS", "check", "check_workers", "correction_of", "default", "define_flag", "differences",
+    "fewest_devices", "flatten", "from_flag", "from_json", "guidance_interval", "guidance_of", "mesh_shape",
+    "method_names", "methods_of", "process_defaults", "process_of", "read", "readable", "sampler_of", "step_flops",
+    "to_json", "total_steps", "transformer_of",
 ]

@@ -42,6 +42,8 @@ def check(config: ConfigDict, device_count: int = 1) -> None:
     methods_of(config).check(
         config.process.name, transformer_of(config), config.batch_size, config.batch_size // config.accumulation
     )
+    for method in methods_of(config):
+        method.shift(config.label_dropout)  # raises
     _check_sampling(config, process)
 
 

@@ -107,6 +107,7 @@ def default() -> ConfigDict:
                 "guidance_scale": 1.0,  # at least 1; 1 turns guidance off
                 "guidance_interval": (0.0, 1.0),  # guided where low <= t <= high, fractions of the time range
                 "guidance_channels": 0,  # guide the first so many channels; 0 guides all
+                "correction": True,  # take back the method's shift of the velocity, where it has one (delta_fm)
                 "preview_classes": 10,  # rows of a preview grid: the first so many classes
                 "preview_per_class": 8,  # its columns
             },

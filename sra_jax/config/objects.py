@@ -12,6 +12,7 @@ from sra_jax.diffusion.guidance import Guidance
 from sra_jax.diffusion.process import Process
 from sra_jax.diffusion.registry import PROCESSES, SAMPLERS, Sampler
 from sra_jax.errors import UserError
+from sra_jax.methods.correction import Correction, LatentMeans
 from sra_jax.methods.registry import NONE, Methods, build, names_of
 from sra_jax.models.flops import StepFlops, train_step_flops
 from sra_jax.models.transformer import TransformerConfig
@@ -87,6 +88,14 @@ def guidance_of(config: ConfigDict) -> Guidance:
         null=config.data.num_classes, scale=sampling.guidance_scale, low=low * extent, high=high * extent,
         channels=sampling.guidance_channels or None,
     )  # fmt: skip
+
+
+def correction_of(config: ConfigDict, means: LatentMeans | None) -> Correction | None:
+    """What the run's sampler takes back of its method's shift of the velocity; None: nothing, or no means are given."""
+    method = methods_of(config).correcting
+    if method is None or means is None or not config.sampling.correction:
+        return None
+    return method.correction(means, process_of(config), config.data.num_classes, config.label_dropout)
 
 
 def step_flops(config: ConfigDict) -> StepFlops:

@@ -54,6 +54,9 @@ def from_json(text: str) -> ConfigDict:
                     config[key].update(value)
             else:
                 config[key] = value
+        for key, value in default().sampling.items():
+            if key not in config.sampling:
+                config.sampling[key] = value
     return config.lock()
 
 

@@ -70,6 +70,14 @@ class Interpolant:
         alpha, sigma = jnp.cos(angle), jnp.sin(angle)
         return alpha, sigma, -np.pi / 2 * sigma, np.pi / 2 * alpha
 
+    def mean_rate(self) -> float:
+        """E[alpha'_t] over the training times; -1 where they are uniform, for alpha falls from 1 to 0."""
+        if self.path == "linear" or self.time_distribution == "uniform":
+            return -1.0
+        nodes, weights = np.polynomial.hermite_e.hermegauss(64)  # over the normal behind the times
+        times = 1 / (1 + np.exp(-nodes))
+        return float(weights @ (-np.pi / 2 * np.sin(np.pi / 2 * times)) / weights.sum())
+
     def signal_to_noise(self, t: jax.Array) -> jax.Array:
         """alpha^2 / sigma^2 at times of any shape; infinite at t = 0."""
         alpha, sigma, _, _ = self.coefficients(t)

@@ -44,3 +44,6 @@ class Flow(Process, Protocol):
 
     def target(self, x0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
         """The velocity of x_t (B,H,W,C) at times (B,) or (B,H,W)."""
+
+    def mean_rate(self) -> float:
+        """E[alpha'_t] over the training times: times the mean latent, the mean velocity."""

@@ -6,8 +6,14 @@ with the velocity target u_j(i) of another example j(i) of the global batch, at 
 official code (on the linear path the target knows no time). Anchors are all examples, or those whose label was not
 dropped; the mean is over them, counted over the global batch.
 
-The loss moves its own minimum: it is reached at v = (u - lambda' u') / (1 - lambda'), u' being the expected velocity of
-another example and lambda' the weight an anchor really has. `corrected` takes that back while sampling.
+The loss moves its own minimum: for an anchor it is reached at v = (u - lambda' u') / (1 - lambda'), u' being the
+expected velocity of its negative and lambda' the weight that an anchor really has. `DeltaFM.correction` takes that back
+while sampling:
+
+    lambda' = lambda; with `drop_null` lambda / (1 - p), p the label dropout, and 0 for the null label
+    u' = E[alpha'_t] m          over the training times, for the negative is at its own; its noise averages out
+    m = the mean latent, or with negatives of another label, of class c with the share pi_c and the mean m_c:
+        (mean - (1 - p) pi_c m_c) / (1 - (1 - p) pi_c)     all but the class's own that kept their label
 """
 
 import dataclasses
@@ -15,9 +21,11 @@ from typing import ClassVar, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sra_jax.diffusion.process import Flow, Process
 from sra_jax.errors import UserError
+from sra_jax.methods.correction import Correction, LatentMeans
 from sra_jax.methods.groups import position_times
 from sra_jax.methods.method import Draws, Method, Seen, Term, check_weight
 from sra_jax.models.transformer import TransformerConfig
@@ -86,6 +94,32 @@ class DeltaFM(Method):
     def loss(self, seen: Seen) -> Term:
         """Minus the mean over anchors."""
         return Term(-self.contrast(seen).mean())
+
+    @property
+    def latent_means(self) -> str:
+        return "all" if self.negatives == "any" else "classes"
+
+    def shift(self, label_dropout: float) -> float:
+        """lambda', the weight of the negative's velocity for an anchor."""
+        weight = self.weight / (1 - label_dropout) if self.drop_null else self.weight
+        if weight >= 1:
+            raise UserError(
+                f"{self.key}.weight={self.weight} over the {1 - label_dropout:g} of examples with a label is "
+                f"{weight:g}: from 1 on the loss has no minimum; the authors use 0.05"
+            )
+        return weight
+
+    def correction(self, means: LatentMeans, process: Process, num_classes: int, label_dropout: float) -> Correction:
+        weight = np.full(num_classes + 1, self.shift(label_dropout))
+        if self.drop_null:
+            weight[num_classes] = 0
+        mean = means.mean[None]
+        if means.class_means is not None and means.class_shares is not None and self.negatives != "any":
+            own = ((1 - label_dropout) * means.class_shares)[:, None, None, None]
+            others = (mean - own * means.class_means) / np.maximum(1 - own, np.finfo(np.float32).tiny)
+            mean = np.concatenate([others, mean])
+            weight[:num_classes] *= own.ravel() < 1  # a single class has no negatives
+        return Correction(weight, cast(Flow, process).mean_rate() * mean)
 
     def check(self, shape: TransformerConfig, batch_size: int, microbatch: int) -> None:
         del shape, microbatch

@@ -17,6 +17,7 @@ from flax import nnx
 from sra_jax import values
 from sra_jax.diffusion.process import Process
 from sra_jax.errors import UserError
+from sra_jax.methods.correction import Correction, LatentMeans
 from sra_jax.models.transformer import TransformerConfig
 
 Draws = Mapping[str, jax.Array]
@@ -170,6 +171,31 @@ class Method:
         """Where it separates: the tokens of each group, if every example has the same numbers."""
         del shape
         return None
+
+    @property
+    def latent_means(self) -> str:
+        """The means of the training set's latents that `correction` needs: "all", "classes", or "" for none."""
+        return ""
+
+    def shift(self, label_dropout: float) -> float:
+        """How far its loss moves the minimum of the denoising loss away from it: a weight in [0, 1), 0 for not at all.
+
+        Raises:
+          UserError: so far that there is no minimum.
+        """
+        del label_dropout
+        return 0.0
+
+    def correction(self, means: LatentMeans, process: Process, num_classes: int, label_dropout: float) -> Correction:
+        """What takes the shift back while sampling; asked only of a method with `latent_means`.
+
+        Args:
+          means: those that it asks for.
+          process: of the noise.
+          num_classes: the null label.
+          label_dropout: share of labels that the student did not get.
+        """
+        raise NotImplementedError
 
     def together(self, batch_size: int) -> int:
         """How many consecutive examples of the global batch its loss compares, and a microbatch must not part."""

@@ -113,6 +113,11 @@ class Methods:
         """Channels of the stored features that one of them compares with; empty: none are needed."""
         return next((part.feature_widths for part in self.parts if part.feature_widths), ())
 
+    @property
+    def correcting(self) -> Method | None:
+        """The one whose shift of the velocity is taken back while sampling."""
+        return next((part for part in self.parts if part.latent_means), None)
+
     def heads(self, shape: TransformerConfig) -> dict[str, Callable[[nnx.Rngs], nnx.Module]]:
         """Makers of all heads, by the names of their parameters."""
         return {name: make for part in self.parts for name, make in part.heads(shape).items()}

@@ -9,6 +9,7 @@ import jax
 from sra_jax import config as config_lib
 from sra_jax.distributed import sharding
 from sra_jax.distributed.devices import check_devices
+from sra_jax.errors import UserError
 from sra_jax.runs import CONFIG, class_names
 from sra_jax.runs.checkpoints import Checkpoints
 from sra_jax.runs.state import Networks, Params
@@ -24,6 +25,7 @@ class TrainedModel:
       sampling: values that replace those of the config's `sampling` section; None for who does not sample.
 
     Attributes:
+      workdir: the run's folder.
       config: the run's config with the replaced values.
       step: the checkpoint's.
       mesh: all devices.
@@ -40,7 +42,7 @@ class TrainedModel:
     ):
         check_devices()
         workdir = Path(workdir)
-        self._workdir, self._weights = workdir, weights
+        self.workdir, self._weights = workdir, weights
         self.config = config_lib.read(workdir / CONFIG)
         with self.config.unlocked():
             with self.config.sampling.ignore_type():  # DDPM's steps are a number or a list of sections
@@ -51,6 +53,9 @@ class TrainedModel:
             self.config.batch_size *= jax.device_count()  # these devices can share it, and the method is content
         config_lib.check(self.config, jax.device_count())
         self.class_names = class_names.read(workdir, self.config.data.num_classes)
+        methods = config_lib.methods_of(self.config)
+        if (sampling or {}).get("correction") and not methods.correcting:
+            raise UserError(f"--correction: {workdir} was trained with {methods.name}, which shifts no velocity")
         self.mesh = sharding.make_mesh(config_lib.mesh_shape(self.config, jax.device_count()))
         self.networks = Networks(self.config)
         checkpoints = Checkpoints(workdir, read_only=True)
@@ -67,7 +72,7 @@ class TrainedModel:
 
     def fingerprint(self) -> dict[str, Any]:
         """What tells this checkpoint and tree apart from any other, as JSON data."""
-        folder = self._workdir.absolute() / "checkpoints" / str(self.step)
+        folder = self.workdir.absolute() / "checkpoints" / str(self.step)
         metadata = folder / "_CHECKPOINT_METADATA"  # orbax writes the moment of the save into it
         return {
             "path": str(folder), "weights": self._weights,

@@ -14,6 +14,8 @@ from sra_jax.data import registry as datasets
 from sra_jax.data.dataset import Decoder
 from sra_jax.distributed import sharding
 from sra_jax.errors import UserError
+from sra_jax.methods.correction import LatentMeans
+from sra_jax.runs import latent_means
 from sra_jax.runs.state import Networks, Params
 from sra_jax.runs.trained import TrainedModel
 
@@ -51,18 +53,22 @@ def _sample_key(seed: int, index: jax.Array) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), index)
 
 
-def make_sampler(config: ConfigDict, networks: Networks) -> Callable[[Params, jax.Array, jax.Array, Any], jax.Array]:
+def make_sampler(
+    config: ConfigDict, networks: Networks, means: LatentMeans | None = None
+) -> Callable[[Params, jax.Array, jax.Array, Any], jax.Array]:
     """The pure function `sample(params, indices, labels, seed) -> latents` from noise to latents, to be jitted.
 
     Args:
       config: its `sampling` section says how.
       networks: the run's.
+      means: of its training set, where its method's shift of the velocity is taken back.
 
     Returns:
       A function of the parameters, sample numbers (B,), labels (B,) and the seed; latents (B,H,W,C) float32.
     """
     process, sampler = config_lib.process_of(config), config_lib.sampler_of(config)
-    guidance = config_lib.guidance_of(config)
+    guidance, correction = config_lib.guidance_of(config), config_lib.correction_of(config, means)
+    true_velocity = correction.correct if correction else lambda denoise: denoise
     shape = (config.data.image_size, config.data.image_size, config.data.channels)
     options = {name: config.sampling[name] for name in sampler.options}
 
@@ -78,7 +84,7 @@ def make_sampler(config: ConfigDict, networks: Networks) -> Callable[[Params, ja
             return prediction
 
         return sampler.sample(
-            process, denoise, normals(0), labels, lambda i: normals(i + 1), steps=config.sampling.steps,
+            process, true_velocity(denoise), normals(0), labels, lambda i: normals(i + 1), steps=config.sampling.steps,
             guidance=guidance, **options,
         )  # fmt: skip
 
@@ -94,14 +100,18 @@ class Generator:
       decoder: latents to uint8 images.
       batch_size: images at a time; rounded up to a multiple of the number of devices.
       seed: of the noise and of uniform labels.
+      means: of the run's training set, as `latent_means.read` gives them.
     """
 
-    def __init__(self, config: ConfigDict, mesh: Mesh, decoder: Decoder, batch_size: int, seed: int):
+    def __init__(
+        self, config: ConfigDict, mesh: Mesh, decoder: Decoder, batch_size: int, seed: int,
+        means: LatentMeans | None = None,
+    ):
         self._config, self._mesh, self._decoder, self._seed = config, mesh, decoder, seed
         self.batch_size = -(-batch_size // mesh.size) * mesh.size
         split = sharding.batch_sharding(mesh)
         networks = Networks(config, sharding.placement(mesh, config_lib.DTYPES[config.dtype]))
-        self._sample = jax.jit(make_sampler(config, networks), out_shardings=split)
+        self._sample = jax.jit(make_sampler(config, networks, means), out_shardings=split)
         self._all_finite = jax.jit(lambda latents: jnp.isfinite(latents).all(), out_shardings=sharding.replicated(mesh))
 
     def lower(self, params: Params) -> jax.stages.Lowered:
@@ -113,6 +123,8 @@ class Generator:
     def describe(self) -> dict[str, Any]:
         """How the samples are made: for results, and to tell whether two sets of samples are the same."""
         sampling = {k: v for k, v in self._config.sampling.items() if not k.startswith("preview_")}
+        if not config_lib.methods_of(self._config).correcting:
+            del sampling["correction"]  # it is about nothing
         return {**sampling, "seed": self._seed}
 
     def image_size(self) -> tuple[int, int]:
@@ -155,4 +167,5 @@ class Generator:
 
 def generator_of(model: TrainedModel, batch_size: int, seed: int) -> Generator:
     """Images from a trained model with its config's sampler and guidance."""
-    return Generator(model.config, model.mesh, datasets.decoder(model.config.data), batch_size, seed)
+    means = latent_means.read(model.config, model.workdir)
+    return Generator(model.config, model.mesh, datasets.decoder(model.config.data), batch_size, seed, means)

@@ -25,6 +25,7 @@ def define_sampling_flags() -> None:
     flags.DEFINE_string(
         "guidance_interval", None, "Guide where low <= t <= high, fractions of the time range; default: the run's."
     )
+    flags.DEFINE_bool("correction", None, "Take back how the run's method shifts the velocity; default: the run's.")
     cli.whole_flag("guidance_channels", None, "Guide the first so many channels; 0: all; default: the run's.", 0, 4096)
 
 
@@ -37,7 +38,7 @@ def sampling_overrides() -> dict[str, Any]:
     given = flags.FLAGS
     overrides: dict[str, Any] = {
         name: getattr(given, name)
-        for name in ("sampler", "guidance_scale", "guidance_channels", "eta")
+        for name in ("sampler", "guidance_scale", "guidance_channels", "eta", "correction")
         if getattr(given, name) is not None
     }
     if given.sampling_steps is not None:

@@ -13,6 +13,7 @@ from sra_jax.errors import UserError
 from sra_jax.evaluation import evaluate
 from sra_jax.evaluation.reference import Reference, load_reference, parts_of
 from sra_jax.evaluation.samples import SEED, Samples, extractor_for, open_reference, write_result
+from sra_jax.runs import latent_means
 from sra_jax.sampling.generation import Generator
 
 LABELS = "balanced"
@@ -34,7 +35,9 @@ class TrainingEvaluation:
     def __init__(self, config: ConfigDict, mesh: Mesh, workdir: Path, class_names: Sequence[str] | None):
         settings = config.evaluation
         self._count, self._workdir = settings.num_samples, Path(workdir)
-        self._generator = Generator(config, mesh, datasets.decoder(config.data), settings.batch_size, SEED)
+        self._generator = Generator(
+            config, mesh, datasets.decoder(config.data), settings.batch_size, SEED, latent_means.read(config, workdir)
+        )
         self._leads = jax.process_index() == 0
         if not self._leads:
             return

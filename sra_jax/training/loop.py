@@ -26,7 +26,7 @@ from sra_jax.distributed.devices import check_devices
 from sra_jax.errors import RunError, UserError
 from sra_jax.methods.health import Watch, health
 from sra_jax.methods.registry import noisier_teachers
-from sra_jax.runs import CONFIG, class_names, environment
+from sra_jax.runs import CONFIG, class_names, environment, latent_means
 from sra_jax.runs import metrics as metrics_lib
 from sra_jax.runs.checkpoints import UNCHECKED, Checkpoints
 from sra_jax.runs.state import Networks, TrainState, ema_decay, init_state, learning_rate, make_optimizer
@@ -143,6 +143,7 @@ def _train(config: ConfigDict, workdir: Path, allow_config_change: bool, lock: f
         if int(state.step) >= steps:
             say(f"nothing to do: step {int(state.step)} of {steps} is saved; --config.steps={2 * steps} trains on")
         else:
+            latent_means.keep(config, dataset, workdir)
             _describe(config, program, dataset, steps, say)
             _advise(config, dataset, say)
             with processes.Preemption() as preemption:
@@ -481,8 +482,9 @@ class Previews:
         classes = min(sampling.preview_classes, config.data.num_classes)
         self._labels = [label for label in range(classes) for _ in range(self._columns)]
         self._generator = Generator(
-            config, mesh, datasets.decoder(config.data), batch_size=len(self._labels), seed=PREVIEW_SEED
-        )
+            config, mesh, datasets.decoder(config.data), batch_size=len(self._labels), seed=PREVIEW_SEED,
+            means=latent_means.read(config, workdir),
+        )  # fmt: skip
         self._folder = workdir / "samples"
 
     def write(self, ema: Mapping[str, Any], step: int) -> np.ndarray:
