@@ -152,5 +152,10 @@ def test_the_rooms_are_described_in_their_order():
 
 
 @pytest.mark.fast
+def test_the_readme_leads_to_every_page():
+    assert not set(documented.PAGES) - {"README.md", *LINKS.findall((ROOT / "README.md").read_text())}
+
+
+@pytest.mark.fast
 def test_readme_fits_two_screens():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 120
