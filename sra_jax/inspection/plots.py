@@ -29,7 +29,7 @@ def probe_figure(
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
     for name, runs in groups.items():
-        best = runs[:, level].mean(axis=0).argmax()
+        best = int(runs[:, level].mean(axis=0).argmax())
         _line(left, blocks, runs[:, level], name)
         _line(right, levels, runs[:, :, best], f"{name}, block {blocks[best]}")
     left.set(xlabel="block", ylabel="probe accuracy, %", title=f"by block, noise level {levels[level]:g}")
