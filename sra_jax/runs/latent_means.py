@@ -93,7 +93,7 @@ def read(config: ConfigDict, workdir: Path) -> LatentMeans | None:
         raise UserError(f"{method.name} samples with the mean latent, and there is no {path}: {advice}") from None
     except Exception as error:  # NumPy and zipfile raise many kinds for damaged files
         raise UserError(f"{path} cannot be read ({error}); move it away: {advice}") from error
-    wanted = {"mean": shape}
+    wanted: dict[str, tuple[int, ...]] = {"mean": shape}
     if method.latent_means == "classes":
         wanted |= {"class_means": (config.data.num_classes, *shape), "class_shares": (config.data.num_classes,)}
     for name, expected in wanted.items():
