@@ -47,6 +47,7 @@ from sra_jax.interop import families
 from sra_jax.interop.tensor_files import TensorFile, open_tensor_file
 from sra_jax.methods.registry import METHODS
 from sra_jax.runs import conversion
+from sra_jax.sampling.options import define_ema_flag
 
 FLAGS = flags.FLAGS
 RECIPES = pathlib.Path(common.__file__).parent
@@ -76,6 +77,7 @@ flags.DEFINE_enum(
 cli.path_flag("output", None, "File that --export writes: .pt or .safetensors.")
 cli.whole_flag("step", None, "Checkpoint that --export reads; by default the newest.", 0, values.COUNT_LIMIT)
 flags.DEFINE_bool("overwrite", False, "Replace --output where it exists.")
+define_ema_flag()
 CONFIG = config_lib.define_flag("Recipe of the run; by default the paper's for the size.")
 
 
@@ -96,7 +98,7 @@ def export() -> None:
         raise UserError("--export needs --output=FILE.pt or --output=FILE.safetensors")
     output = files.check_output("--output", FLAGS.output, FLAGS.overwrite)
     step, loaded_by = conversion.export_checkpoint(
-        pathlib.Path(FLAGS.workdir), FLAGS.step, FLAGS.export, output, FLAGS.export_for, FLAGS.family
+        pathlib.Path(FLAGS.workdir), FLAGS.step, FLAGS.export, output, FLAGS.export_for, FLAGS.family, FLAGS.ema
     )
     print(f"{output}: {FLAGS.export} of step {step}, {loaded_by}")
 

@@ -227,7 +227,7 @@ def _measure_run(
 ) -> dict[str, object]:
     """Generate, measure, keep the result in the workdir."""
     workdir, labels = pathlib.Path(FLAGS.workdir), parse_labels(FLAGS.labels, model.class_names)
-    made = {"step": model.step, "tree": FLAGS.tree, "labels": FLAGS.labels, "sampling": generator.describe()}
+    made = {"step": model.step, "tree": model.weights, "labels": FLAGS.labels, "sampling": generator.describe()}
     samples = runs.Samples(
         generator, model.params, FLAGS.num_samples, labels, extractor, keep_images=bool(FLAGS.save_samples),
         folder=runs.unfinished_folder(
@@ -274,7 +274,7 @@ def main() -> None:
     model = generator = samples = None
     if FLAGS.workdir:
         files.check_output("--workdir", pathlib.Path(FLAGS.workdir) / runs.FOLDER, folder=True)
-        model = TrainedModel(pathlib.Path(FLAGS.workdir), FLAGS.step, FLAGS.tree, sampling_overrides())
+        model = TrainedModel(pathlib.Path(FLAGS.workdir), FLAGS.step, FLAGS.tree, sampling_overrides(), FLAGS.ema)
         chosen = parse_labels(FLAGS.labels, model.class_names)
         labels_for(np.zeros(1, np.int64), chosen, model.config.data.num_classes, FLAGS.seed)  # these classes are there
         generator = generator_of(model, FLAGS.sampling_batch_size, FLAGS.seed)  # finds the decoder's weights

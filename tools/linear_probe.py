@@ -46,6 +46,7 @@ from sra_jax.inspection import plots
 from sra_jax.inspection.probe import Schedule, probe
 from sra_jax.inspection.tokens import FeatureSet, Settings, check_condition, extract_to_disk, parse_blocks, parse_levels
 from sra_jax.runs.trained import TrainedModel
+from sra_jax.sampling.options import define_ema_flag
 
 FLAGS = flags.FLAGS
 TEST_SHARE = 0.2
@@ -57,6 +58,7 @@ flags.DEFINE_list("names", None, "What the figure calls them; runs of one name a
 cli.path_flag("output", None, "Folder to write to.", required=True)
 cli.whole_flag("step", None, "Checkpoint to read; by default the newest.", 0, values.COUNT_LIMIT)
 flags.DEFINE_enum("weights", "ema", ["ema", "params"], "Which of the two parameter trees.")
+define_ema_flag()
 flags.DEFINE_list("blocks", ["all"], "Blocks, counted from 1, or all.")
 flags.DEFINE_list("levels", ["0", "0.2", "0.4", "0.6", "0.8"], "Noise levels from 0 (data) to 1 (noise).")
 flags.DEFINE_enum("condition", "null", ["null", "true"], "The label that the network sees.")
@@ -82,7 +84,9 @@ def main() -> None:
     names = FLAGS.names or [pathlib.Path(workdir).name for workdir in FLAGS.workdir]
     if len(names) != len(FLAGS.workdir):
         raise UserError(f"--names gives {len(names)} names for {len(FLAGS.workdir)} workdirs; give one a workdir")
-    models = [TrainedModel(pathlib.Path(workdir), FLAGS.step, FLAGS.weights) for workdir in FLAGS.workdir]
+    models = [
+        TrainedModel(pathlib.Path(workdir), FLAGS.step, FLAGS.weights, ema=FLAGS.ema) for workdir in FLAGS.workdir
+    ]
     depths = {model.config.model.depth for model in models}
     if len(depths) > 1:
         raise UserError(f"runs of {sorted(depths)} blocks cannot share a figure; probe each depth by itself")

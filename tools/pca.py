@@ -37,6 +37,7 @@ from sra_jax.inspection import plots
 from sra_jax.inspection.principal_components import token_colours
 from sra_jax.inspection.tokens import Settings, check_condition, make_extractor, parse_blocks, parse_levels
 from sra_jax.runs.trained import TrainedModel
+from sra_jax.sampling.options import define_ema_flag
 
 FLAGS = flags.FLAGS
 
@@ -45,6 +46,7 @@ flags.DEFINE_list("names", None, "What the picture calls them; default: the fold
 cli.path_flag("output", None, "PNG file to write.", required=True)
 cli.whole_flag("step", None, "Checkpoint to read; by default the newest.", 0, values.COUNT_LIMIT)
 flags.DEFINE_enum("weights", "ema", ["ema", "params"], "Which of the two parameter trees.")
+define_ema_flag()
 flags.DEFINE_list("blocks", ["all"], "Blocks, counted from 1, or all.")
 flags.DEFINE_list("levels", ["0", "0.2", "0.4", "0.6", "0.8"], "Noise levels from 0 (data) to 1 (noise).")
 flags.DEFINE_enum("condition", "null", ["null", "true"], "The label that the network sees.")
@@ -62,7 +64,9 @@ def main() -> None:
         raise UserError(f"--names={','.join(names)}: give one name of its own to each of {len(FLAGS.workdir)} workdirs")
     if FLAGS.image and FLAGS.condition == "true":
         raise UserError("--condition=true needs a label, which --image has not; use --example")
-    models = [TrainedModel(pathlib.Path(workdir), FLAGS.step, FLAGS.weights) for workdir in FLAGS.workdir]
+    models = [
+        TrainedModel(pathlib.Path(workdir), FLAGS.step, FLAGS.weights, ema=FLAGS.ema) for workdir in FLAGS.workdir
+    ]
     depth = min(model.config.model.depth for model in models)
     settings = Settings(parse_blocks(FLAGS.blocks, depth), parse_levels(FLAGS.levels), FLAGS.condition, FLAGS.seed)
     settings.check(depth)

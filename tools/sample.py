@@ -67,7 +67,7 @@ def main() -> None:
     outputs = {flag: path for flag in ("output", "grid") if (path := FLAGS[flag].value)}
     for flag, path in outputs.items():
         files.check_output(f"--{flag}", path, FLAGS.overwrite)
-    model = TrainedModel(pathlib.Path(FLAGS.workdir), FLAGS.step, FLAGS.weights, sampling_overrides())
+    model = TrainedModel(pathlib.Path(FLAGS.workdir), FLAGS.step, FLAGS.weights, sampling_overrides(), FLAGS.ema)
     chosen_labels = parse_labels(FLAGS.labels, model.class_names)
     if said := describe_labels(chosen_labels, model.class_names):
         print(f"labels: {said}", file=sys.stderr)

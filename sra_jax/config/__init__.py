@@ -18,6 +18,7 @@ from sra_jax.config.objects import (
     method_names,
     methods_of,
     process_of,
+    profiles_of,
     sampler_of,
     step_flops,
     total_steps,
@@ -29,6 +30,6 @@ from sra_jax.diffusion.registry import process_defaults
 __all__ = [
     "DTYPES", "FREE_KEYS", "check", "check_workers", "correction_of", "default", "define_flag", "differences",
     "fewest_devices", "flatten", "from_flag", "from_json", "guidance_interval", "guidance_of", "mesh_shape",
-    "method_names", "methods_of", "process_defaults", "process_of", "read", "readable", "sampler_of", "step_flops",
-    "to_json", "total_steps", "transformer_of",
+    "method_names", "methods_of", "process_defaults", "process_of", "profiles_of", "read", "readable", "sampler_of",
+    "step_flops", "to_json", "total_steps", "transformer_of",
 ]

@@ -12,9 +12,11 @@ from sra_jax.config.objects import (
     mesh_shape,
     methods_of,
     process_of,
+    profiles_of,
     sampler_of,
     transformer_of,
 )
+from sra_jax.config.profiles import TEACHER, profile
 from sra_jax.diffusion.process import Process
 from sra_jax.diffusion.registry import PROCESSES, SAMPLERS, process_defaults
 from sra_jax.errors import UserError
@@ -137,6 +139,14 @@ def _check_schedules(config: ConfigDict) -> None:
     optimizer, ema = config.optimizer, config.ema
     _choice("optimizer.schedule", optimizer.schedule, LEARNING_RATE_SCHEDULES)
     _choice("ema.schedule", ema.schedule, EMA_SCHEDULES)
+    names = (TEACHER, *(one.name for one in profiles_of(config)))
+    if ema.sampled != TEACHER and profile("ema.sampled", ema.sampled).name not in names:
+        raise UserError(f"ema.sampled={ema.sampled!r} is not tracked; allowed: {', '.join(names)} (ema.profiles)")
+    if config.keep_every % config.checkpoint_every:
+        raise UserError(
+            f"keep_every={config.keep_every} must be a multiple of checkpoint_every={config.checkpoint_every}: only "
+            "what is saved can be kept"
+        )
 
 
 def _check_sampling(config: ConfigDict, process: Process) -> None:

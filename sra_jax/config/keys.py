@@ -19,8 +19,9 @@ LEARNING_RATE_SCHEDULES = ("constant", "cosine")
 EMA_SCHEDULES = ("constant", "cosine")
 
 FREE_KEYS = (
-    "steps", "epochs", "examples", "log_every", "sample_every", "checkpoint_every", "keep", "accumulation",
-    "data.path", "data.workers", "data.vae", "mesh", "model.remat", "sampling", "evaluation",
+    "steps", "epochs", "examples", "log_every", "sample_every", "checkpoint_every", "keep", "keep_every",
+    "accumulation", "data.path", "data.workers", "data.vae", "mesh", "model.remat", "sampling", "evaluation",
+    "ema.sampled",
 )  # fmt: skip
 """Keys, or groups of keys, that a resumed run may change: they move no number beyond float32 rounding. The length of
 the run is free as long as no schedule depends on it."""
@@ -47,6 +48,7 @@ def default() -> ConfigDict:
             "sample_every": 10_000,  # steps between preview grids; 0 makes none
             "checkpoint_every": 10_000,  # steps between checkpoints; the last step is always saved
             "keep": 3,  # newest checkpoints that are kept
+            "keep_every": 0,  # checkpoints of every so many steps are kept for good; 0: none
             "data": {
                 "name": "synthetic",  # digits, latents, pixels or synthetic
                 "path": "",  # latents: the folder that tools/prepare_latents.py made; pixels: idx:DIR and the like
@@ -100,6 +102,8 @@ def default() -> ConfigDict:
             "ema": {
                 "decay": 0.9999,  # share of the old average that a step keeps, in [0, 1]
                 "schedule": "constant",  # of the decay: constant, or cosine, from decay to 1 over the run (BYOL)
+                "profiles": "",  # further EMAs: decays and relative widths, 0.999,0.9999 or power:0.05,power:0.1
+                "sampled": "teacher",  # the EMA that previews, evaluation and tools use: teacher, or one of profiles
             },
             "sampling": {
                 "sampler": "sde",  # with interpolant: ode, heun or sde; with gaussian: ddpm or ddim

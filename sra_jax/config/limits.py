@@ -59,6 +59,7 @@ RANGES: Mapping[str, Range] = {
     "sample_every": _counts(0),
     "checkpoint_every": _counts(1),
     "keep": _counts(1),
+    "keep_every": _counts(0),
     "data.image_size": Range(1, SIDE_LIMIT),
     "data.channels": Range(1, 4096),
     "data.num_classes": Range(1, 10**6),

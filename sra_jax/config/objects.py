@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from sra_jax import values
 from sra_jax.config.keys import DTYPES
 from sra_jax.config.limits import total_fits
+from sra_jax.config.profiles import Profile, profiles
 from sra_jax.diffusion.guidance import Guidance
 from sra_jax.diffusion.process import Process
 from sra_jax.diffusion.registry import PROCESSES, SAMPLERS, Sampler
@@ -28,6 +29,11 @@ def total_steps(config: ConfigDict, num_examples: int) -> int:
         return config.steps
     seen = config.examples or config.epochs * num_examples
     return total_fits(seen / config.batch_size)
+
+
+def profiles_of(config: ConfigDict) -> tuple[Profile, ...]:
+    """The EMAs that are tracked beside the teacher's."""
+    return profiles("ema.profiles", config.ema.profiles)
 
 
 def process_of(config: ConfigDict) -> Process:

@@ -28,7 +28,7 @@ GROUPS = {
     "method": "What is added to the denoising loss",
     "alignment": "Self-representation alignment, the keys of `sra`",
     "optimizer": "The optimizer: AdamW",
-    "ema": "The EMA: the teacher, and what is sampled",
+    "ema": "EMAs: the teacher, and what is sampled",
     "sampling": "Sampling: previews, and the defaults of the tools",
     "evaluation": "Evaluation while training",
     "mesh": "The mesh of devices",

@@ -20,6 +20,7 @@ from sra_jax.data import registry as datasets
 from sra_jax.distributed import sharding
 from sra_jax.distributed.chips import Slice, describe_devices
 from sra_jax.planning import compiled
+from sra_jax.runs import PROFILES, TREES
 from sra_jax.sampling.generation import Generator
 from sra_jax.training import loop
 
@@ -38,7 +39,7 @@ def without_data(config: ConfigDict) -> ConfigDict:
 
 
 def state_bytes(program: loop.Program) -> dict[str, int]:
-    """Bytes that one device holds of parameters, EMA and optimizer state."""
+    """Bytes that one device holds of parameters, EMA, optimizer state and, where there are some, further EMAs."""
 
     def held(tree: Any) -> int:
         return sum(
@@ -46,7 +47,9 @@ def state_bytes(program: loop.Program) -> dict[str, int]:
             for leaf in jax.tree.leaves(tree)
         )
 
-    return {name: held(getattr(program.state, name)) for name in ("params", "ema", "opt_state")}
+    state = program.state
+    sizes = {name: held(getattr(state, name)) for name in TREES}
+    return sizes | ({PROFILES: held(state.profiles)} if state.profiles else {})
 
 
 def build(config: ConfigDict, devices: list[Any]) -> tuple[loop.Program, Any]:

@@ -4,7 +4,10 @@ CONFIG = "config.json"
 """The recipe as it was run, in the run's folder."""
 
 TREES = ("params", "ema", "opt_state")
-"""The trees of a checkpoint."""
+"""The trees of every checkpoint."""
+
+PROFILES = "profiles"
+"""The tree of further EMAs, in checkpoints of runs that track some."""
 
 CHECKSUMS = "checksums"
 """The item of a checkpoint that holds the checksums of the others."""

@@ -1,6 +1,6 @@
 """Checkpoints of a run: orbax, asynchronous, one item per concern, each step whole or not there at all.
 
-    <workdir>/checkpoints/<step>/{params, ema, opt_state, meta, checksums}
+    <workdir>/checkpoints/<step>/{params, ema, opt_state, meta, checksums}, and profiles where further EMAs are tracked
 
 `meta` is JSON: the config, the step and the position in the data. `checksums` are those of every array and of `meta`;
 they are compared whenever something is read. Tools read single items.
@@ -21,12 +21,17 @@ import orbax.checkpoint as ocp
 from sra_jax import files
 from sra_jax.distributed import processes
 from sra_jax.errors import RunError, UserError
-from sra_jax.runs import CHECKSUMS, TREES, checksums
+from sra_jax.runs import CHECKSUMS, PROFILES, TREES, checksums
 from sra_jax.runs.state import TrainState
 
-ITEMS = (*TREES, "meta", CHECKSUMS)
+ITEMS = (*TREES, PROFILES, "meta", CHECKSUMS)
 
 UNCHECKED = "was saved without checksums: damage in its arrays would go unnoticed"
+
+
+def _trees(state: TrainState) -> dict[str, Any]:
+    """What of a state makes an item of its own: the further EMAs only where there are some."""
+    return {name: getattr(state, name) for name in (*TREES, *([PROFILES] if state.profiles else []))}
 
 
 class Damaged(Exception):
@@ -55,18 +60,23 @@ class Checkpoints:
     Args:
       workdir: the run's folder.
       keep: how many of the newest are kept; None keeps all.
+      keep_every: those of every so many steps are kept for good; 0: none.
       read_only: for tools: nothing is created, cleaned up or deleted.
 
     Raises:
       UserError: something else lies where the folder belongs.
     """
 
-    def __init__(self, workdir: Path, keep: int | None = None, read_only: bool = False):
+    def __init__(self, workdir: Path, keep: int | None = None, read_only: bool = False, keep_every: int = 0):
         self.directory = Path(workdir).absolute() / "checkpoints"
         files.check_plain(self.directory, folder=True)
+        kept: list[Any] = [ocp.checkpoint_managers.LatestN(keep)]
+        if keep_every:
+            kept.append(ocp.checkpoint_managers.EveryNSteps(keep_every))
         self._options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, read_only=read_only, create=not read_only, cleanup_tmp_directories=not read_only
-        )
+            preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(kept), read_only=read_only,
+            create=not read_only, cleanup_tmp_directories=not read_only,
+        )  # fmt: skip
         self._open()
 
     def _open(self) -> None:
@@ -96,8 +106,9 @@ class Checkpoints:
         """
         step = int(state.step)
         sums, infinite = {}, []
-        for name in TREES:
-            sums[name], bad = checksums.arrays(getattr(state, name))
+        trees = _trees(state)
+        for name, tree in trees.items():
+            sums[name], bad = checksums.arrays(tree)
             infinite += [f"{name}/{path}" for path in bad]
         if infinite:
             self.wait()
@@ -105,7 +116,7 @@ class Checkpoints:
                 f"{len(infinite)} array(s) hold NaN or infinity after step {step}, the first being {infinite[0]}: they "
                 f"are not saved; {self.newest()}"
             )
-        items: dict[str, Any] = {name: ocp.args.StandardSave(getattr(state, name)) for name in TREES}
+        items: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         items["meta"] = ocp.args.JsonSave(dict(meta))
         items[CHECKSUMS] = ocp.args.JsonSave({**sums, "meta": checksums.data(meta)})
         with self._writing():
@@ -133,11 +144,12 @@ class Checkpoints:
         Raises:
           Damaged: it cannot be read, or is not what was saved.
         """
-        items, _ = self._load({name: getattr(abstract, name) for name in TREES}, step, with_meta=True)
+        trees = _trees(abstract)
+        items, _ = self._load(trees, step, with_meta=True)
         number = jax.make_array_from_callback(  # `device_put` would ask the other processes
             (), abstract.step.sharding, lambda _: np.asarray(step, abstract.step.dtype)
         )
-        return TrainState(step=number, **{name: items[name] for name in TREES}), items["meta"]
+        return TrainState(step=number, **{name: items[name] for name in trees}), items["meta"]
 
     def _load(self, trees: Mapping[str, Any], step: int, with_meta: bool = False) -> tuple[dict[str, Any], bool]:
         """Items of a checkpoint, laid out as said, and whether their checksums could be compared.
@@ -227,7 +239,7 @@ class Checkpoints:
         return None
 
     def restore_item(self, name: str, abstract: Any, step: int) -> Any:
-        """One item of a checkpoint alone: params or ema.
+        """One item of a checkpoint alone: params, ema or profiles.
 
         Raises:
           UserError: it cannot be read, is not what was saved, or its shapes are not those of `abstract`.

@@ -62,6 +62,11 @@ def _read_few(file: TensorFile, group: str, names: Sequence[str]) -> Iterator[np
 def check_config(config: ConfigDict, contents: Contents) -> None:
     """Raises `UserError` where a run's config does not describe the network of a file."""
     config_lib.check(config)
+    if config.ema.profiles:
+        raise UserError(
+            f"ema.profiles={config.ema.profiles!r}: the file has no such averages, and they cannot begin later; leave "
+            "it out"
+        )
     wanted, found = config_lib.transformer_of(config), contents.network
     outputs = found.channels if contents.family in REVERSED else found.output_channels
     heads, head = set(config_lib.methods_of(config).heads(wanted)), METHODS[contents.method].own_head
@@ -205,7 +210,8 @@ PURPOSES = ("training", "sampling")
 
 
 def export_checkpoint(
-    workdir: Path, step: int | None, weights: str, output: Path, purpose: str | None = None, family: str = "auto"
+    workdir: Path, step: int | None, weights: str, output: Path, purpose: str | None = None, family: str = "auto",
+    ema: str = "",
 ) -> tuple[int, str]:
     """Write a run's weights under the authors' names, with the position table, as `load_state_dict` takes them.
 
@@ -217,6 +223,7 @@ def export_checkpoint(
       purpose: one of `PURPOSES`; None writes all that was trained.
       family: whose names, time and channels: "sit" or "dit" as the run's process has it, a name of `REVERSED`, or
         "auto": self_flow where the run has its head, else sit or dit.
+      ema: which EMA, as `profiles.restore` takes it.
 
     Returns:
       The step, and what loads the file.
@@ -231,7 +238,7 @@ def export_checkpoint(
         raise UserError("a .safetensors file holds one state dict: --export=ema or --export=params")
     groups: dict[str, dict[str, np.ndarray]] = {}
     for tree in ("params", "ema") if weights == "both" else (weights,):
-        model = TrainedModel(workdir, step, tree)
+        model = TrainedModel(workdir, step, tree, ema=ema if tree == "ema" else "")
         params, theirs = _under_their_names(model.params, purpose)
         if purpose == "training" and "head" not in params:
             raise UserError(

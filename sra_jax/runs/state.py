@@ -1,7 +1,7 @@
 """What a run carries from step to step, and how it begins."""
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.struct
@@ -12,6 +12,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from sra_jax import config as config_lib
+from sra_jax.config.profiles import TEACHER, Profile, profile
 from sra_jax.models.stack import ANYWHERE, Placement
 from sra_jax.models.transformer import Transformer
 
@@ -28,12 +29,14 @@ class TrainState:
         float32.
       ema: the teacher, a tree like `params`.
       opt_state: the optimizer's.
+      profiles: further EMAs by their names (`ema.profiles`), trees like `params`.
     """
 
     step: jax.Array
     params: Params
     ema: Params
     opt_state: optax.OptState
+    profiles: dict[str, Params] = flax.struct.field(default_factory=dict)
 
 
 class Networks:
@@ -131,10 +134,18 @@ def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
     return optax.stateless(clip)
 
 
-def init_state(networks: Networks, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
-    """The state before the first step; the teacher starts as a copy of the student. To be jitted with shardings."""
+def sampled(config: ConfigDict, state: TrainState) -> Params:
+    """The EMA that previews and evaluation use."""
+    name = config.ema.sampled
+    return state.ema if name == TEACHER else state.profiles[profile("ema.sampled", name).name]
+
+
+def init_state(
+    networks: Networks, optimizer: optax.GradientTransformation, key: jax.Array, profiles: Sequence[Profile] = ()
+) -> TrainState:
+    """The state before the first step; the EMAs start as copies of the student. To be jitted with shardings."""
     params = networks.init(key)
     return TrainState(
         step=jnp.zeros((), jnp.int32), params=params, ema=jax.tree.map(jnp.copy, params),
-        opt_state=optimizer.init(params),
+        opt_state=optimizer.init(params), profiles={one.name: jax.tree.map(jnp.copy, params) for one in profiles},
     )  # fmt: skip

@@ -7,10 +7,11 @@ from typing import Any
 import jax
 
 from sra_jax import config as config_lib
+from sra_jax.config.profiles import TEACHER
 from sra_jax.distributed import sharding
 from sra_jax.distributed.devices import check_devices
 from sra_jax.errors import UserError
-from sra_jax.runs import CONFIG, class_names
+from sra_jax.runs import CONFIG, class_names, profiles
 from sra_jax.runs.checkpoints import Checkpoints
 from sra_jax.runs.state import Networks, Params
 
@@ -23,11 +24,13 @@ class TrainedModel:
       step: which checkpoint; None takes the newest.
       weights: "ema" or "params".
       sampling: values that replace those of the config's `sampling` section; None for who does not sample.
+      ema: which EMA, as `profiles.restore` takes it.
 
     Attributes:
       workdir: the run's folder.
       config: the run's config with the replaced values.
       step: the checkpoint's.
+      weights: "params", "ema" for the teacher's, or "ema NAME".
       mesh: all devices.
       networks: functions of `params`.
       params: {"model": ...} and, where it was trained, "head".
@@ -38,11 +41,14 @@ class TrainedModel:
     """
 
     def __init__(
-        self, workdir: Path, step: int | None = None, weights: str = "ema", sampling: Mapping[str, Any] | None = None
+        self, workdir: Path, step: int | None = None, weights: str = "ema", sampling: Mapping[str, Any] | None = None,
+        ema: str = "",
     ):
         check_devices()
         workdir = Path(workdir)
-        self.workdir, self._weights = workdir, weights
+        if ema and weights != "ema":
+            raise UserError(f"--ema={ema} names an EMA, and {weights} are asked for; leave out one of the two")
+        self.workdir = workdir
         self.config = config_lib.read(workdir / CONFIG)
         with self.config.unlocked():
             with self.config.sampling.ignore_type():  # DDPM's steps are a number or a list of sections
@@ -58,10 +64,15 @@ class TrainedModel:
             raise UserError(f"--correction: {workdir} was trained with {methods.name}, which shifts no velocity")
         self.mesh = sharding.make_mesh(config_lib.mesh_shape(self.config, jax.device_count()))
         self.networks = Networks(self.config)
+        name = ema or self.config.ema.sampled
+        self.weights = f"ema {name}" if weights == "ema" and name != TEACHER else weights
         checkpoints = Checkpoints(workdir, read_only=True)
         try:
             self.step = checkpoints.choose(step)
-            self.params: Params = checkpoints.restore_item(weights, self._abstract(), self.step)
+            if weights == "ema":
+                self.params: Params = profiles.restore(checkpoints, self.config, self._abstract(), self.step, ema)
+            else:
+                self.params = checkpoints.restore_item(weights, self._abstract(), self.step)
         finally:
             checkpoints.close()
 
@@ -75,6 +86,6 @@ class TrainedModel:
         folder = self.workdir.absolute() / "checkpoints" / str(self.step)
         metadata = folder / "_CHECKPOINT_METADATA"  # orbax writes the moment of the save into it
         return {
-            "path": str(folder), "weights": self._weights,
+            "path": str(folder), "weights": self.weights,
             "saved": metadata.read_text() if metadata.exists() else "", "model": self.config.model.to_dict(),
         }  # fmt: skip

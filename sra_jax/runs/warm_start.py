@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from sra_jax import config as config_lib
 from sra_jax.distributed import sharding
 from sra_jax.errors import UserError
-from sra_jax.runs import CONFIG
+from sra_jax.runs import CONFIG, profiles
 from sra_jax.runs.checkpoints import Checkpoints
 from sra_jax.runs.state import Networks, TrainState
 
@@ -58,10 +58,11 @@ def start_from(config: ConfigDict, state: TrainState) -> tuple[TrainState, str]:
     checkpoints = Checkpoints(workdir, read_only=True)
     try:
         step = checkpoints.choose(None)
-        taken = checkpoints.restore_item("ema", abstract, step)
+        taken = profiles.restore(checkpoints, saved, abstract, step)
     finally:
         checkpoints.close()
     params = {name: taken.get(name, own) for name, own in state.params.items()}
     head = " and its head" if any(name != "model" and name in taken for name in params) else ""
     message = f"starting from the EMA{head} of step {step} in {workdir}"
-    return dataclasses.replace(state, params=params, ema=jax.tree.map(jnp.copy, params)), message
+    copies = {name: jax.tree.map(jnp.copy, params) for name in state.profiles}
+    return dataclasses.replace(state, params=params, ema=jax.tree.map(jnp.copy, params), profiles=copies), message

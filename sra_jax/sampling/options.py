@@ -16,6 +16,14 @@ LABELS_HELP = (
 )
 
 
+def define_ema_flag() -> None:
+    """The flag of every tool that reads an EMA."""
+    flags.DEFINE_string(
+        "ema", "", "Which EMA: teacher, a tracked one such as 0.999 or power:0.05, or another power:S made from the "
+        "tracked power functions at all saved steps; default: the run's ema.sampled.",
+    )  # fmt: skip
+
+
 def define_sampling_flags() -> None:
     """Flags of every tool that samples; each replaces the run's own value."""
     flags.DEFINE_string("sampler", None, "Sampler of the run's family, such as sde, ode or heun; default: the run's.")
@@ -25,6 +33,7 @@ def define_sampling_flags() -> None:
     flags.DEFINE_string(
         "guidance_interval", None, "Guide where low <= t <= high, fractions of the time range; default: the run's."
     )
+    define_ema_flag()
     flags.DEFINE_bool("correction", None, "Take back how the run's method shifts the velocity; default: the run's.")
     cli.whole_flag("guidance_channels", None, "Guide the first so many channels; 0: all; default: the run's.", 0, 4096)
 

@@ -8,6 +8,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from sra_jax.config.profiles import TEACHER
 from sra_jax.data import registry as datasets
 from sra_jax.errors import UserError
 from sra_jax.evaluation import evaluate
@@ -38,6 +39,7 @@ class TrainingEvaluation:
         self._generator = Generator(
             config, mesh, datasets.decoder(config.data), settings.batch_size, SEED, latent_means.read(config, workdir)
         )
+        self._ema = config.ema.sampled
         self._leads = jax.process_index() == 0
         if not self._leads:
             return
@@ -71,5 +73,7 @@ class TrainingEvaluation:
             image_size=self._generator.image_size(), translation=self._translation,
         )  # fmt: skip
         made = {"step": step, "labels": LABELS, "sampling": self._generator.describe()}
+        if self._ema != TEACHER:
+            made["ema"] = self._ema
         write_result(self._workdir, step, {**made, **result})
         return {name: float(result[name]) for name in self._metrics}

@@ -29,7 +29,7 @@ from sra_jax.methods.registry import noisier_teachers
 from sra_jax.runs import CONFIG, class_names, environment, latent_means
 from sra_jax.runs import metrics as metrics_lib
 from sra_jax.runs.checkpoints import UNCHECKED, Checkpoints
-from sra_jax.runs.state import Networks, TrainState, ema_decay, init_state, learning_rate, make_optimizer
+from sra_jax.runs.state import Networks, TrainState, ema_decay, init_state, learning_rate, make_optimizer, sampled
 from sra_jax.runs.warm_start import start_from
 from sra_jax.sampling import pictures
 from sra_jax.sampling.generation import Generator
@@ -68,10 +68,10 @@ def build(config: ConfigDict, mesh: Mesh, dataset: Dataset, steps: int) -> Progr
       steps: length of the run, for schedules.
     """
     networks = Networks(config, sharding.placement(mesh, config_lib.DTYPES[config.dtype]))
-    optimizer = make_optimizer(config, steps)
+    optimizer, profiles = make_optimizer(config, steps), config_lib.profiles_of(config)
 
     def init(key: jax.Array) -> TrainState:
-        return init_state(networks, optimizer, key)
+        return init_state(networks, optimizer, key, profiles)
 
     abstract = jax.eval_shape(init, jax.random.key(0))
     layout = sharding.state_shardings(abstract, mesh)
@@ -79,7 +79,7 @@ def build(config: ConfigDict, mesh: Mesh, dataset: Dataset, steps: int) -> Progr
         networks=networks, process=config_lib.process_of(config), methods=config_lib.methods_of(config),
         encode=dataset.encode, optimizer=optimizer, learning_rate=learning_rate(config, steps),
         ema_decay=ema_decay(config, steps), seed=config.seed,
-        label_dropout=config.label_dropout, accumulation=config.accumulation,
+        label_dropout=config.label_dropout, accumulation=config.accumulation, profiles=profiles,
     )  # fmt: skip
     return Program(
         mesh=mesh,
@@ -136,7 +136,7 @@ def _train(config: ConfigDict, workdir: Path, allow_config_change: bool, lock: f
 
     mesh = sharding.make_mesh(config_lib.mesh_shape(config, jax.device_count()))
     program = build(config, mesh, dataset, steps)
-    checkpoints = Checkpoints(workdir, keep=config.keep)
+    checkpoints = Checkpoints(workdir, keep=config.keep, keep_every=config.keep_every)
     try:
         state = begin(config, program, checkpoints, workdir, say, started)
         _write_config(config, workdir, dataset)
@@ -146,6 +146,7 @@ def _train(config: ConfigDict, workdir: Path, allow_config_change: bool, lock: f
             latent_means.keep(config, dataset, workdir)
             _describe(config, program, dataset, steps, say)
             _advise(config, dataset, say)
+            _say_kept(config, say)
             with processes.Preemption() as preemption:
                 _run(config, program, checkpoints, state, dataset, steps, workdir, preemption, lock)
     except OSError as error:
@@ -226,7 +227,14 @@ def holds_run(config: ConfigDict, workdir: Path, allow_config_change: bool, say:
         if (workdir / "checkpoints").exists() and any((workdir / "checkpoints").iterdir()):
             raise UserError(f"--workdir={workdir} holds checkpoints but no {CONFIG}; choose another --workdir")
         return False
-    changed = config_lib.differences(config_lib.read(workdir / CONFIG), config)
+    saved = config_lib.read(workdir / CONFIG)
+    tracked, wanted = ({one.name for one in config_lib.profiles_of(each)} for each in (saved, config))
+    if tracked != wanted:
+        raise UserError(
+            f"--workdir={workdir} holds a run with ema.profiles={saved.ema.profiles!r}, not {config.ema.profiles!r}: "
+            "an average of the past cannot begin later. Use its own, or begin a new run with --config.init_from"
+        )
+    changed = config_lib.differences(saved, config)
     if changed and not allow_config_change:
         raise UserError(
             f"--workdir={workdir} holds a run of another config; it differs in\n  " + "\n  ".join(changed)
@@ -283,6 +291,13 @@ def _advise(config: ConfigDict, dataset: Dataset, say: Callable[..., None]) -> N
         for method in config_lib.methods_of(config):
             if advice := method.advice(dataset.stable_diffusion):
                 say(advice)
+
+
+def _say_kept(config: ConfigDict, say: Callable[..., None]) -> None:
+    if not config.keep_every and any(one.width is not None for one in config_lib.profiles_of(config)):
+        say(
+            f"keep_every=0: power functions of other lengths can be made from the newest {config.keep} checkpoints only"
+        )
 
 
 def _describe(config: ConfigDict, program: Program, dataset: Dataset, steps: int, say: Callable[..., None]) -> None:
@@ -367,13 +382,13 @@ def _run(
                 raise preemption.notice(f"step {step + 1} of {steps} is saved")
             if previews and (last or (step + 1) % config.sample_every == 0):
                 journal.read()
-                picture = previews.write(state.ema, step + 1)
+                picture = previews.write(sampled(config, state), step + 1)
                 if writer:
                     writer.image(step + 1, "samples", picture)
                 journal.restart_clock()
             if evaluation and (last or (step + 1) % config.evaluation.every == 0):
                 journal.read()
-                measured = evaluation.measure(state.ema, step + 1)
+                measured = evaluation.measure(sampled(config, state), step + 1)
                 if writer:
                     writer.write(step + 1, measured)
                 journal.restart_clock()

@@ -3,13 +3,14 @@
 What is a method's own it says itself (sra_jax/methods); the paper's order is SRA's (arXiv 2505.02831, section 3).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from sra_jax.config.profiles import Profile
 from sra_jax.diffusion.process import Process
 from sra_jax.methods.groups import position_times
 from sra_jax.methods.method import Seen, Term, View
@@ -147,10 +148,22 @@ def update_ema(ema: Params, params: Params, decay: jax.Array | float) -> Params:
     return jax.tree.map(lambda average, new: decay * average + (1 - decay) * new, ema, params)
 
 
+def update_profiles(
+    profiles: Mapping[str, Params], params: Params, wanted: Sequence[Profile], step: jax.Array
+) -> dict[str, Params]:
+    """The further EMAs after the update that follows `step` others: each moves towards the parameters by its rate."""
+
+    def moved(one: Profile) -> Params:
+        rate = one.rate_at(step)
+        return jax.tree.map(lambda average, new: average + rate * (new - average), profiles[one.name], params)
+
+    return {one.name: moved(one) for one in wanted}
+
+
 def make_train_step(
     *, networks: Networks, process: Process, methods: Methods, encode: Callable[..., jax.Array],
     optimizer: optax.GradientTransformation, learning_rate: optax.Schedule, ema_decay: Callable[[jax.Array], jax.Array],
-    seed: int, label_dropout: float, accumulation: int,
+    seed: int, label_dropout: float, accumulation: int, profiles: Sequence[Profile] = (),
 ) -> Callable[[TrainState, Mapping[str, jax.Array]], tuple[TrainState, Metrics]]:
     """The pure function `train_step(state, batch) -> (state, metrics)`; the caller jits and shards it.
 
@@ -177,6 +190,7 @@ def make_train_step(
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = update_ema(state.ema, params, ema_decay(state.step))
+        others = update_profiles(state.profiles, params, profiles, state.step)
         metrics |= {
             "learning_rate": jnp.asarray(learning_rate(state.step), jnp.float32),
             "grad_norm": optax.tree.norm(gradients),
@@ -184,7 +198,7 @@ def make_train_step(
             "update_norm": optax.tree.norm(updates),
         }
         metrics |= {method.log.get("weight", f"{method.name}/weight"): weights[method.name] for method in methods}
-        return TrainState(state.step + 1, params, ema, opt_state), metrics
+        return TrainState(state.step + 1, params, ema, opt_state, others), metrics
 
     return train_step
 

@@ -13,8 +13,8 @@ from sra_jax.errors import UserError
 
 NAMES = {
     "name", "dtype", "data.name", "model.remat", "alignment.distance", "alignment.weight_schedule", "process.name",
-    "optimizer.schedule", "ema.schedule", "sampling.sampler", "evaluation.extractor", "process.path",
-    "process.time_distribution", "process.schedule", "process.variance",
+    "optimizer.schedule", "ema.schedule", "ema.profiles", "ema.sampled", "sampling.sampler", "evaluation.extractor",
+    "process.path", "process.time_distribution", "process.schedule", "process.variance",
 }  # fmt: skip
 """Keys of text that is one of a few words."""
 
