@@ -16,7 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from sra_jax import config as config_lib
-from sra_jax.interop.pytorch import params_from_pytorch, pytorch_from_params
+from sra_jax.interop.pytorch import POSITION_TABLE, params_from_pytorch, pytorch_from_params
 from sra_jax.runs.state import Networks
 
 TOLERANCE = 1e-5
@@ -136,6 +136,11 @@ class Golden:
         backbone[EMBEDDING] = backbone[EMBEDDING].reshape(self.arrays[f"sd/{EMBEDDING}"].shape)
         return backbone | layers_to(tree, self.layers if layers is None else layers)
 
+    def parameters(self) -> list[str]:
+        """Names of the trainable parameters, in the order of the norms of gradients."""
+        names = self.arrays.get("param_names", [name for name in self.below("sd/") if name != POSITION_TABLE])
+        return [str(name) for name in names]
+
     def example(self) -> dict[str, jax.Array]:
         """Latents, noise, times and labels as far as the file has them for all of its runs."""
         stored = self.below("in/")
@@ -156,7 +161,7 @@ class Golden:
           unit: rests of keys of means of cosines, whose scale is 1.
           names: of the parameters, in the order of the norms; None: the file's.
         """
-        names = [str(name) for name in self.arrays["param_names"]] if names is None else names
+        names = self.parameters() if names is None else names
         compared = 0
         for rest, expected in self.below(prefix).items():
             if rest in given or any(part.endswith("/") and rest.startswith(part) for part in given):

@@ -63,7 +63,10 @@ def example_of(file, name, config):
     order = jnp.asarray(stored.get("perm_draw", np.zeros((t.shape[0], tokens), np.float32)))
     whole = jnp.asarray(stored.get("whole_draw", np.ones(t.shape[0], np.float32)))
     labels = {"label": example["y"], "y": jnp.asarray(file.arrays["in/labels_student"])}
-    return example | labels | method.arranged(t, earlier, order, whole)
+    example |= labels | method.arranged(t, earlier, order, whole)
+    if "perm_draw" not in stored and "groups" in stored:
+        example["groups"] = jnp.asarray(stored["groups"])
+    return example
 
 
 def is_faulty(settings):

@@ -114,7 +114,8 @@ def test_repa_runs(file):
         for run in those:
             gradient = gradients[run.name]
             tensors = file.tensors(gradient) | layers_to(gradient[run.name], run.layers)
-            names = [str(name) for kind in ("param_names", f"{run.name}/proj_names") for name in file.arrays[kind]]
+            own = file.arrays.get(f"{run.name}/proj_names", file.names(f"{run.name}/sd/"))
+            names = [*file.parameters(), *map(str, own)]
             file.compare(
                 f"{run.name}/", found[run.name], {"": tensors}, given=("proj_names", "sd/"), unit=("proj_loss",),
                 names=names,
