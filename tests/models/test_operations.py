@@ -110,3 +110,32 @@ def test_dots_keeps_products_and_attention_but_no_scores():
         assert sum(shape == (batch, heads, tokens, tokens) for shape in kept) == scores
         assert sum(np.prod(shape) == batch * tokens * 3 * width and shape[0] != width for shape in kept) == products
         assert sum(shape == (batch, tokens, heads, width // heads) for shape in kept) == products
+
+
+def masked_attention(qkv, segments):
+    q, k, v = jnp.moveaxis(qkv, 2, 0)
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, precision=HIGHEST) / np.sqrt(q.shape[-1])
+    seen = (segments[:, :, None] == segments[:, None, :])[:, None]
+    weights = jax.nn.softmax(scores, axis=-1, where=seen)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, v, precision=HIGHEST)
+
+
+@pytest.mark.parametrize("count", [1, 2, 9])
+def test_attention_within_segments(count):
+    """Each token sees its own segment only; with as many segments as tokens, itself."""
+    qkv = normal(7, 3, 9, 3, 2, 4)
+    segments = jnp.asarray(np.random.default_rng(8).permuted(np.tile(np.arange(9) % count, (3, 1)), axis=1))
+    assert_equal_with_gradients(
+        lambda x: operations.attend(x, HIGHEST, segments), lambda x: masked_attention(x, segments), qkv
+    )
+    if count == 9:
+        np.testing.assert_allclose(operations.attend(qkv, HIGHEST, segments), qkv[:, :, 2], atol=1e-6)
+
+
+def test_a_large_score_of_another_segment_has_no_say():
+    """Its softmax would leave nothing to the token's own segment."""
+    qkv = normal(9, 1, 4, 3, 1, 4).at[0, 3].multiply(1e3)
+    segments = jnp.array([[0, 0, 0, 1]])
+    within = operations.attend(qkv, HIGHEST, segments)
+    np.testing.assert_allclose(within[:, :3], operations.attend(qkv[:, :3], HIGHEST), atol=1e-6)
+    assert np.isfinite(within).all()

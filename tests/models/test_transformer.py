@@ -251,3 +251,26 @@ def test_groups_of_known_sizes_attend_as_masked_ones_do():
         np.testing.assert_allclose(a, b, atol=2e-5)
     for a, b in zip(jax.tree.leaves(sorted_gradient), jax.tree.leaves(masked_gradient), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4 * max(1, np.abs(b).max()))
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 16])
+def test_groups_are_the_computation_of_every_token_by_itself(count):
+    """Times of few groups, of many, and one a token: what a modulation of each token gives, gradients included."""
+    graphdef, params = networks()
+    x, _, y = inputs()
+    tokens = TINY.tokens
+    groups = jnp.asarray(np.random.default_rng(5).permuted(np.tile(np.arange(tokens) % count, (len(x), 1)), axis=1))
+    t = jax.random.uniform(jax.random.key(3), (len(x), count))
+    each = jnp.broadcast_to(jnp.arange(tokens), groups.shape)
+
+    @jax.jit
+    def run(params, t, groups):
+        def loss(params):
+            prediction, (tap,) = nnx.merge(graphdef, params)(x, t, y, groups=groups, taps=(2,))
+            return jnp.sin(prediction).sum() + tap.mean(), (prediction, tap)
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    found, expected = run(params, t, groups), run(params, jnp.take_along_axis(t, groups, axis=1), each)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5 * max(1, np.abs(b).max()))

@@ -108,11 +108,11 @@ BATCH, WIDTH, DEPTH = 64, 64, 5
 
 
 @functools.cache
-def step_program(devices=8, fsdp=1, remat="none", alignment=True):
+def step_program(devices=8, fsdp=1, remat="none", alignment=True, changes=()):
     config = digits.get_config()
     config.update_from_flattened_dict({
         "model.depth": DEPTH, "model.width": WIDTH, "model.heads": 4, "batch_size": BATCH, "model.remat": remat,
-        "mesh.fsdp": fsdp, "alignment.enabled": alignment, "alignment.teacher_block": 3,
+        "mesh.fsdp": fsdp, "alignment.enabled": alignment, "alignment.teacher_block": 3, **dict(changes),
     })  # fmt: skip
     config_lib.check(config, devices)
     mesh = sharding.make_mesh(config_lib.mesh_shape(config, devices), jax.devices()[:devices])
@@ -184,3 +184,24 @@ def test_operations_are_the_analytic_ones():
     assert 1 <= baseline.cost().flops / plain.total < 1.10
     extra = compiled.cost().flops - baseline.cost().flops
     assert extra == pytest.approx(analytic.teacher + analytic.head, rel=0.05)
+
+
+def of_method(name, **keys):
+    """The step with SRA's blocks and head, at 64 tokens."""
+    blocks = {"student_block": 2, "teacher_block": 3}
+    section = {"sra": "alignment"}.get(name, f"method.{name}")
+    changes = {"model.patch": 1, "method.name": name}
+    changes |= {f"{section}.{key}": value for key, value in (blocks | keys).items()}
+    return step_program(devices=1, changes=tuple(changes.items()))[0].cost()
+
+
+def test_two_times_an_example_cost_no_more_than_one():
+    """Two modulations an example, selected a token, where one a token would cost half a step more."""
+    assert 1 < of_method("self_flow").flops / of_method("sra").flops < 1.01
+
+
+def test_one_group_is_no_groups():
+    """Its program is that of a method which knows none."""
+    one, none = of_method("dts_as", ratios=(1.0,), distance="smooth_l1"), of_method("sra")
+    assert one.flops == none.flops
+    assert one.memory_bytes == pytest.approx(none.memory_bytes, rel=0.002)

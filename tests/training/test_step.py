@@ -10,6 +10,7 @@ from configs import digits
 from sra_jax import config as config_lib
 from sra_jax.data import pipeline, registry
 from sra_jax.distributed import sharding
+from sra_jax.methods.registry import METHODS
 from sra_jax.runs.state import clip_by_global_norm, ema_decay, learning_rate
 from sra_jax.training import loop
 from sra_jax.training.step import draw, total_loss
@@ -253,3 +254,29 @@ def test_clipping_is_optax_own(scale):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), clipped, expected)
     zeros = jax.tree.map(jnp.zeros_like, gradients)
     assert optax.tree.norm(ours.update(zeros, ours.init(zeros))[0]) == 0
+
+
+BLOCKS = {
+    **{f"method.{name}.student_block": 1 for name in ("self_flow", "dts_as", "layersync", "sra2", "repa", "repa_conv")},
+    "method.self_flow.teacher_block": 3, "method.dts_as.teacher_block": 3, "method.layersync.target_block": 3,
+    "alignment.student_block": 1, "alignment.teacher_block": 3, "method.dispersive.block": 2,
+    "method.dispersive.group": 4, "method.delta_fm.drop_null": True, "label_dropout": 0.5,
+}  # fmt: skip
+EVERYTHING = "self_flow+layersync+dispersive+delta_fm+sra2+repa"
+
+
+@pytest.mark.parametrize(
+    "name", [EVERYTHING, *(pytest.param(name, marks=pytest.mark.slow) for name in (*METHODS, "dts_as+delta_fm"))]
+)
+def test_a_method_knows_neither_devices_nor_microbatches(name):
+    """What compares examples compares those of the global batch."""
+
+    def two_steps(devices=1, **changes):
+        history, _ = losses(recipe(**BLOCKS, **changes, **{"method.name": name, "batch_size": 32}), devices, steps=2)
+        return history
+
+    expected, actual = two_steps(), two_steps(8, accumulation=4)
+    for one, other in zip(expected, actual, strict=True):
+        assert one.keys() == other.keys()
+        for key, value in one.items():
+            np.testing.assert_allclose(other[key], value, rtol=1e-4, atol=1e-6, err_msg=key)
