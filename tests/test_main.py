@@ -14,7 +14,7 @@ from tests.conftest import TINY_DIGITS, run
 
 def test_what_a_run_leaves(tiny_run):
     assert {path.name for path in tiny_run.iterdir()} == {
-        "checkpoints", "samples", "metrics.jsonl", "tensorboard", "config.json"
+        "checkpoints", "samples", "metrics.jsonl", "tensorboard", "config.json", "environment.json", "classes.json"
     }  # fmt: skip
     records = [json.loads(line) for line in (tiny_run / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [4, 8, 12, 16, 20, 24]
