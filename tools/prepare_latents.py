@@ -39,7 +39,6 @@ Examples:
     python tools/prepare_latents.py --verify --output=/data/latents256
 """
 
-import dataclasses
 import os
 import pathlib
 import sys
@@ -128,12 +127,13 @@ def verify() -> int:
     """Check every shard of --output; the exit code."""
     manifest = shards.read_manifest(FLAGS.output)
     stored = features.read(FLAGS.output)
-    files_of = dataclasses.replace(manifest, shards=manifest.shards + (stored.shards if stored else ()))
-    problems = shards.damaged_shards(FLAGS.output, files_of, lambda s: tqdm(s, unit="shard", disable=None))
+    beside = stored.shards if stored else ()
+    problems = shards.damaged_shards(FLAGS.output, manifest, lambda s: tqdm(s, unit="shard", disable=None))
+    problems += [problem for shard in beside if (problem := shards.damaged_file(FLAGS.output, shard))]
     for problem in problems:
         print(problem, file=sys.stderr)
     if problems:
-        print(f"{len(problems)} of {len(files_of.shards)} shards are damaged. {shards.REPAIR}", file=sys.stderr)
+        print(f"{len(problems)} of {len(manifest.shards) + len(beside)} shards are damaged. {shards.REPAIR}", file=sys.stderr)
         return EXIT_DAMAGED
     print(f"{len(manifest.shards)} shards with {manifest.examples} examples are whole")
     if stored is not None:

@@ -262,15 +262,20 @@ def damaged_shards(
     """
     problems, first = [], 0
     for shard in progress(manifest.shards):
-        path = Path(folder).expanduser() / shard.file
-        if problem := _size_problem(folder, shard):
+        if problem := damaged_file(folder, shard):
             problems.append(problem)
-        elif file_sha256(path) != shard.sha256:
-            problems.append(f"{path} has another checksum than when it was written")
         else:
-            problems += _content_problems(path, shard, manifest, first)
+            problems += _content_problems(Path(folder).expanduser() / shard.file, shard, manifest, first)
         first += shard.examples
     return problems
+
+
+def damaged_file(folder: str | os.PathLike, shard: Shard) -> str | None:
+    """What is wrong with a file by its size and its checksum, whatever its records are; None: nothing."""
+    path = Path(folder).expanduser() / shard.file
+    if problem := _size_problem(folder, shard):
+        return problem
+    return None if file_sha256(path) == shard.sha256 else f"{path} has another checksum than when it was written"
 
 
 def _content_problems(path: Path, shard: Shard, manifest: Manifest, first: int) -> Iterator[str]:
