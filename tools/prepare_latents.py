@@ -133,7 +133,8 @@ def verify() -> int:
     for problem in problems:
         print(problem, file=sys.stderr)
     if problems:
-        print(f"{len(problems)} of {len(manifest.shards) + len(beside)} shards are damaged. {shards.REPAIR}", file=sys.stderr)
+        count = len(manifest.shards) + len(beside)
+        print(f"{len(problems)} of {count} shards are damaged. {shards.REPAIR}", file=sys.stderr)
         return EXIT_DAMAGED
     print(f"{len(manifest.shards)} shards with {manifest.examples} examples are whole")
     if stored is not None:
