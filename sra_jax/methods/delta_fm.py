@@ -27,7 +27,7 @@ from sra_jax.diffusion.process import Flow, Process
 from sra_jax.errors import UserError
 from sra_jax.methods.correction import Correction, LatentMeans
 from sra_jax.methods.groups import position_times
-from sra_jax.methods.method import Draws, Method, Seen, Term, check_weight
+from sra_jax.methods.method import Draws, Method, Seen, Term, check_choice, check_weight
 from sra_jax.models.transformer import TransformerConfig
 
 
@@ -126,7 +126,6 @@ class DeltaFM(Method):
         check_weight(f"{self.key}.weight", self.weight)
         if self.weight >= 1:
             raise UserError(f"{self.key}.weight={self.weight}: from 1 on the loss has no minimum; the authors use 0.05")
-        if self.negatives not in ("any", "other_label"):
-            raise UserError(f"{self.key}.negatives={self.negatives!r} is unknown; allowed: any, other_label")
+        check_choice(f"{self.key}.negatives", self.negatives, ("any", "other_label"))
         if batch_size < 2:
             raise UserError(f"{self.key} needs another example: batch_size={batch_size} must be at least 2")

@@ -22,7 +22,7 @@ from sra_jax.diffusion.process import Process
 from sra_jax.errors import UserError
 from sra_jax.methods.distances import mean_distance
 from sra_jax.methods.heads import GridConvolution, Layers, grid_convolution_flops, layers_flops
-from sra_jax.methods.method import Draws, Method, Seen, Term, check_block, check_weight
+from sra_jax.methods.method import Draws, Method, Seen, Term, check_block, check_choice, check_weight
 from sra_jax.models.transformer import TransformerConfig, patchify
 
 FEATURES = "features"
@@ -168,8 +168,7 @@ class ConvREPA(REPA):
         super().check(shape, batch_size, microbatch)
         if self.kernel < 1 or self.kernel % 2 == 0:
             raise UserError(f"{self.key}.kernel={self.kernel} must be odd, from 1; the paper uses 3")
-        if self.projection not in ("convolution", "layers"):
-            raise UserError(f"{self.key}.projection={self.projection!r} is unknown; allowed: convolution, layers")
+        check_choice(f"{self.key}.projection", self.projection, ("convolution", "layers"))
         if not 0 <= self.alpha <= 1:
             raise UserError(f"{self.key}.alpha={self.alpha} is out of range: 0 <= alpha <= 1; the authors use 0.6")
         if shape.tokens < 2:

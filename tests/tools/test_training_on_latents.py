@@ -2,20 +2,10 @@
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from PIL import Image
 
+from tests.checkpoints import final_state
 from tests.conftest import TINY_DIGITS, run
-
-
-def final_state(workdir):
-    names = ("params", "ema", "opt_state")
-    manager = ocp.CheckpointManager(
-        workdir / "checkpoints", item_names=(*names, "meta"), options=ocp.CheckpointManagerOptions(read_only=True)
-    )
-    items = {name: ocp.args.StandardRestore() for name in names}
-    restored = manager.restore(manager.latest_step(), args=ocp.args.Composite(**items))
-    return [restored[name] for name in names]
 
 
 def test_latents_train_resume_exactly_and_decode(image_folder, tiny_vae, tmp_path):

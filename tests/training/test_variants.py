@@ -7,10 +7,10 @@ import time
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 from sra_jax.methods.registry import METHODS
+from tests.checkpoints import final_state
 from tests.conftest import run, start
 
 TINY = (
@@ -19,16 +19,6 @@ TINY = (
     "--config.model.width=32", "--config.model.heads=2",
 )  # fmt: skip
 SPEEDS = ("steps_per_second", "examples_per_second")
-
-
-def final_state(workdir):
-    names = ("params", "ema", "opt_state")
-    manager = ocp.CheckpointManager(
-        workdir / "checkpoints", item_names=(*names, "meta"), options=ocp.CheckpointManagerOptions(read_only=True)
-    )
-    items = {name: ocp.args.StandardRestore() for name in names}
-    restored = manager.restore(manager.latest_step(), args=ocp.args.Composite(**items))
-    return [restored[name] for name in names]
 
 
 def logged(workdir):
