@@ -12,6 +12,9 @@ third of the chip's memory, and the first accumulation of 1, 2, 4 that fits. A c
 cores, whatever the depth. --results keeps what the compiler said of each program and reads it again when the same
 program is met, so that a table or a search goes on where it stopped.
 
+--attention=plain,flash compiles the recipe with each of these implementations, and with each remat policy of --remat,
+and prints them side by side.
+
 --platform=cuda lowers the step for CUDA, which is as far as one gets without a GPU: layouts, FLOPs and state are
 checked, memory is not.
 
@@ -23,6 +26,8 @@ Examples:
     python tools/compile_tpu.py --config=configs/sit_xl2.py --topology=v5e-256 --config.mesh.fsdp=16 --json=report.json
     python tools/compile_tpu.py --config=configs/sit_xl2.py --topology=v5e:4x4 --search --results=compiled
     python tools/compile_tpu.py --config=configs/sit_xl2.py --topology=v6e:2x2 --sample --config.batch_size=64
+    python tools/compile_tpu.py --config=configs/sit_xl2_512.py --topology=v5e:4x4 --attention=plain,flash \\
+        --remat=none,dots,block --config.mesh.fsdp=4 --results=compiled
     python tools/compile_tpu.py --table --results=compiled
     python tools/compile_tpu.py --config=configs/sit_xl2.py --platform=cuda --devices=8
 """
@@ -61,6 +66,8 @@ cli.whole_flag("devices", 8, "Number of GPUs with --platform=cuda.", 1, 1024)
 flags.DEFINE_bool("sample", False, "Compile the sampler instead of the train step.")
 flags.DEFINE_bool("search", False, "Try meshes, remat policies and accumulations; print the fastest that fits.")
 flags.DEFINE_bool("table", False, "Every recipe of --recipes for every slice of --slices, as a Markdown table.")
+flags.DEFINE_list("attention", None, "Implementations of attention to compare, as --config.model.attention takes them.")
+flags.DEFINE_list("remat", None, "Remat policies to compare them with; by default the recipe's.")
 flags.DEFINE_list("recipes", None, "Names of configs/ for --table; by default all SiT and DiT recipes.")
 flags.DEFINE_list("slices", list(SLICES), "Slices for --table.")
 cli.path_flag("results", None, "Folder that keeps a JSON file of each compilation, to be read again next time.")
@@ -82,6 +89,8 @@ def main() -> int:
     if FLAGS.platform == "cuda":
         return lower_for_cuda(config)
     wanted = chips.parse_slice(FLAGS.topology)
+    if FLAGS.attention or FLAGS.remat:
+        return compare(config, wanted)
     if FLAGS.search:
         report = search(config, wanted)
     else:
@@ -110,6 +119,25 @@ def search(config: ConfigDict, wanted: chips.Slice) -> compile_report.Report:
     print("the fastest that fits:" if report["fits"] else "none fits; the nearest:")
     print(" ".join(f"--config.{key}={value}" for key, value in values.items()))
     return report
+
+
+def compare(config: ConfigDict, wanted: chips.Slice) -> int:
+    """The recipe with each implementation of attention and each remat policy, as a table."""
+    settings = [
+        compile_search.with_settings(config, {"model.attention": attention, "model.remat": remat})
+        for attention in FLAGS.attention or [config.model.attention]
+        for remat in FLAGS.remat or [config.model.remat]
+    ]
+    for one in settings:
+        config_lib.check(compile_report.without_data(one), wanted.size, "tpu")
+    reports = []
+    for one in settings:
+        reports.append(compiled(one, wanted))
+        outcome = "fits" if reports[-1]["fits"] else "does not fit"
+        print(f"{one.model.attention}, remat {one.model.remat}: {outcome}", file=sys.stderr, flush=True)
+    write_json(reports)
+    print(compile_report.table(reports, compile_report.ATTENTION_COLUMNS))
+    return 0
 
 
 def recipes() -> list[str]:

@@ -21,15 +21,17 @@ from sra_jax.diffusion.process import Process
 from sra_jax.diffusion.registry import PROCESSES, SAMPLERS, process_defaults
 from sra_jax.errors import UserError
 from sra_jax.methods.registry import names_of
+from sra_jax.models import attention
 from sra_jax.models.stack import REMAT_POLICIES
 
 
-def check(config: ConfigDict, device_count: int = 1) -> None:
+def check(config: ConfigDict, device_count: int = 1, platform: str | None = None) -> None:
     """Everything that can be checked without touching data or devices.
 
     Args:
       config: the recipe with its overrides.
       device_count: devices of all processes.
+      platform: their kind, as `sra_jax.models.attention` tells kinds apart; None: they are not known yet.
 
     Raises:
       UserError: what was given, what is allowed, what to change.
@@ -39,6 +41,10 @@ def check(config: ConfigDict, device_count: int = 1) -> None:
     check_sizes(config)
     _check_training(config, device_count)
     _check_model(config)
+    shape = transformer_of(config)
+    attention.chosen(
+        config.model.attention, attention.Case(platform, shape.dtype, shape.width // shape.heads, shape.attended)
+    )  # raises
     _check_schedules(config)
     process = process_of(config)
     methods_of(config).check(

@@ -20,10 +20,10 @@ EMA_SCHEDULES = ("constant", "cosine")
 
 FREE_KEYS = (
     "steps", "epochs", "examples", "log_every", "sample_every", "checkpoint_every", "keep", "keep_every",
-    "accumulation", "data.path", "data.workers", "data.vae", "mesh", "model.remat", "sampling", "evaluation",
-    "ema.sampled",
+    "accumulation", "data.path", "data.workers", "data.vae", "mesh", "model.attention", "model.remat", "sampling",
+    "evaluation", "ema.sampled",
 )  # fmt: skip
-"""Keys, or groups of keys, that a resumed run may change: they move no number beyond float32 rounding. The length of
+"""Keys, or groups of keys, that a resumed run may change: they move no number beyond rounding. The length of
 the run is free as long as no schedule depends on it."""
 
 
@@ -65,6 +65,7 @@ def default() -> ConfigDict:
                 "heads": 12,  # of attention
                 "mlp_ratio": 4.0,  # width of the MLP over the width of a token
                 "null_label": True,  # a row of the label table for it; False, as DiT without label dropout: no guidance
+                "attention": "auto",  # its implementation: auto, plain, cudnn (NVIDIA GPUs), flash or splash (TPUs)
                 "remat": "none",  # what the backward pass recomputes, from least to most: none, dots, block, full
             },
             "process": {

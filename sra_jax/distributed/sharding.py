@@ -14,7 +14,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sra_jax.models import operations
+from sra_jax.models import attention, operations
+from sra_jax.models.flops import Shape
 from sra_jax.models.stack import Placement
 
 BATCH = P(("data", "fsdp"))
@@ -79,7 +80,55 @@ def layout(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     raise ValueError(f"no rule in sra_jax.distributed.sharding.RULES for {path} {shape}")
 
 
-def placement(mesh: Mesh, dtype: Any) -> Placement:
+def platform(device: jax.Device) -> str:
+    """A kind of devices as `attention` tells them apart."""
+    if device.platform not in ("gpu", "cuda", "rocm"):
+        return device.platform
+    if "rocm" in f"{device.platform} {device.client.platform_version}".lower():
+        return attention.ROCM
+    return attention.CUDA if float(device.compute_capability) >= 8 else attention.CUDA_OLD
+
+
+def implementation_on(mesh: Mesh, name: str, shape: Shape) -> str:
+    """The name of the implementation that `attention_on` takes; arguments and errors as there."""
+    kind = platform(mesh.devices.flat[0])
+    return attention.chosen(name, attention.Case(kind, shape.dtype, shape.width // shape.heads, shape.attended))
+
+
+def attention_on(mesh: Mesh, name: str, shape: Shape) -> attention.Attend:
+    """The attention of a network on a mesh.
+
+    Args:
+      mesh: the devices.
+      name: an implementation, or "auto" for the one that suits the devices and the network.
+      shape: the network's.
+
+    Raises:
+      UserError: it cannot run there.
+    """
+    implementation = attention.IMPLEMENTATIONS[implementation_on(mesh, name, shape)]
+    return implementation.attend if implementation.splits else split_attention(implementation.attend, mesh)
+
+
+def split_attention(attend: attention.Attend, mesh: Mesh) -> attention.Attend:
+    """Attention that each device computes of its own examples and heads, as the compiler cannot split a kernel."""
+    if mesh.size == 1:
+        return attend
+    batch = BATCH[0]
+    of_qkv, of_output = P(batch, None, None, "model", None), P(batch, None, "model", None)
+
+    def split(qkv: jax.Array, precision: Any, segments: jax.Array | None = None) -> jax.Array:
+        given = (qkv,) if segments is None else (qkv, segments)
+        return jax.shard_map(
+            lambda qkv, *segments: attend(qkv, precision, *segments), mesh=mesh, out_specs=of_output,
+            in_specs=(of_qkv, P(batch, None))[: len(given)],
+            check_vma=False,  # kernels do not say how their results vary over devices
+        )(*given)  # fmt: skip
+
+    return split
+
+
+def placement(mesh: Mesh, dtype: Any, attend: attention.Attend = operations.attend) -> Placement:
     """Where arrays lie while a network runs on the mesh, stated so that the compiler has no choice.
 
     Activations stay split by examples. Parameters are made whole along `fsdp` one block at a time, in the type in which
@@ -91,12 +140,13 @@ def placement(mesh: Mesh, dtype: Any) -> Placement:
     Args:
       mesh: the devices.
       dtype: type of the matrix products; parameters of blocks are cast to it before they travel.
+      attend: the implementation of attention.
     """
     # A gain on CPUs, where parameters are whole; TPUs would have to lay kernels out anew.
     whole = mesh.shape["fsdp"] == mesh.shape["model"] == 1
     product = operations.product if whole and mesh.devices.flat[0].platform == "cpu" else jax.lax.dot_general
     if mesh.size == 1:
-        return Placement(product=product)
+        return Placement(product=product, attend=attend)
 
     def rows(x: jax.Array) -> jax.Array:
         return jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
@@ -123,8 +173,10 @@ def placement(mesh: Mesh, dtype: Any) -> Placement:
         )
 
     if mesh.shape[GATHERED] == 1:
-        return Placement(rows=rows, product=product)
-    return Placement(rows=rows, shared=shared, modulation=modulation, block=block, others=others, product=product)
+        return Placement(rows=rows, product=product, attend=attend)
+    return Placement(
+        rows=rows, shared=shared, modulation=modulation, block=block, others=others, product=product, attend=attend
+    )
 
 
 def _gather(x: jax.Array, split: P, mesh: Mesh) -> jax.Array:

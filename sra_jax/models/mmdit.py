@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sra_jax.models import operations
+from sra_jax.models.attention import Attend
 from sra_jax.models.stack import ANYWHERE, Placement, run_stack
 from sra_jax.models.transformer import (
     MLP,
@@ -81,6 +82,11 @@ class MMDiTConfig:
     def tokens(self) -> int:
         """N, the number of image tokens."""
         return (self.input_size // self.patch) ** 2
+
+    @property
+    def attended(self) -> int:
+        """Tokens of one attention, of text and image."""
+        return self.context_length + self.tokens
 
     @property
     def precision(self) -> jax.lax.Precision:
@@ -151,7 +157,8 @@ class JointBlock(nnx.Module):
         text, image = tokens
         of_text, of_image = self.text.modulations(condition), self.image.modulations(condition)
         text_mixed, image_mixed = attend_jointly(
-            self.text.project(text, *of_text[:2]), self.image.project(image, *of_image[:2]), self.config.precision
+            self.text.project(text, *of_text[:2]), self.image.project(image, *of_image[:2]), self.config.precision,
+            self.image.attention.attend,
         )
         return (
             self.text.add_mlp(self.text.add_attention(text, text_mixed, of_text[2]), *of_text[3:]),
@@ -172,22 +179,26 @@ class LastBlock(nnx.Module):
         text, image = tokens
         of_text, of_image = self.text.modulations(condition), self.image.modulations(condition)
         _, mixed = attend_jointly(
-            self.text.project(text, *of_text), self.image.project(image, *of_image[:2]), self.config.precision
+            self.text.project(text, *of_text), self.image.project(image, *of_image[:2]), self.config.precision,
+            self.image.attention.attend,
         )
         return text, self.image.add_mlp(self.image.add_attention(image, mixed, of_image[2]), *of_image[3:])
 
 
-def attend_jointly(text: jax.Array, image: jax.Array, precision: jax.lax.Precision) -> Tokens:
+def attend_jointly(
+    text: jax.Array, image: jax.Array, precision: jax.lax.Precision, attend: Attend = operations.attend
+) -> Tokens:
     """One attention over the tokens of both streams, without a mask: padding of captions is text like any other.
 
     Args:
       text, image: queries, keys and values (B,L,3,heads,d) and (B,N,3,heads,d).
       precision: of the products.
+      attend: the implementation of attention.
 
     Returns:
       The attention's output for text (B,L,heads,d) and image tokens (B,N,heads,d).
     """
-    mixed = operations.attend(jnp.concatenate([text, image], axis=1), precision)
+    mixed = attend(jnp.concatenate([text, image], axis=1), precision)
     return mixed[:, : text.shape[1]], mixed[:, text.shape[1] :]
 
 

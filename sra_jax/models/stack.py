@@ -10,11 +10,19 @@ import jax.numpy as jnp
 
 from sra_jax.models import operations
 
+
+def _is_fused_attention(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Whether results are those of cuDNN's attention, which gives them no name."""
+    return primitive.name.startswith("dot_product_attention_fwd")
+
+
 REMAT_POLICIES = {
     "none": None,
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(*operations.NAMES),
+        jax.checkpoint_policies.save_from_both_policies(
+            jax.checkpoint_policies.save_only_these_names(*operations.NAMES), _is_fused_attention
+        ),
     ),
     "block": jax.checkpoint_policies.nothing_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -42,6 +50,7 @@ class Placement:
         pass: its result, a copy that is whole on every device, is never kept from the one to the other.
       others: applied to the parameters outside the blocks.
       product: what multiplies activations by the parameters of a block, as `jax.lax.dot_general` does.
+      attend: attention over tokens, as `operations.attend` does it.
     """
 
     rows: Callable[[jax.Array], jax.Array] = _as_it_is
@@ -50,6 +59,7 @@ class Placement:
     block: Callable[[Any], Any] = _as_it_is
     others: Callable[[Any], Any] = _as_it_is
     product: Callable[..., jax.Array] = jax.lax.dot_general
+    attend: Callable[..., jax.Array] = operations.attend
 
 
 ANYWHERE = Placement()

@@ -87,6 +87,11 @@ class TransformerConfig:
         return (self.input_size // self.patch) ** 2
 
     @property
+    def attended(self) -> int:
+        """Tokens of one attention."""
+        return self.tokens
+
+    @property
     def precision(self) -> jax.lax.Precision:
         """float32 means float32: without it accelerators round the operands of float32 products."""
         return jax.lax.Precision.HIGHEST if self.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
@@ -240,6 +245,7 @@ class Attention(nnx.Module):
 
     def __init__(self, config: Sizes, *, rngs: nnx.Rngs, placement: Placement = ANYWHERE):
         self.config = config
+        self.attend = placement.attend
         head_width = config.width // config.heads
         options = {
             "kernel_init": xavier_uniform, "dtype": config.dtype, "precision": config.precision,
@@ -251,9 +257,9 @@ class Attention(nnx.Module):
     def __call__(self, x: jax.Array, condition: "Condition | None" = None) -> jax.Array:
         qkv, precision = self.qkv(x), self.config.precision
         if condition is None or condition.sizes is None:
-            return self.out(operations.attend(qkv, precision, condition and condition.segments))
+            return self.out(self.attend(qkv, precision, condition and condition.segments))
         ends = np.cumsum(condition.sizes)
-        parts = [operations.attend(part, precision) for part in jnp.split(qkv, ends[:-1], axis=1)]
+        parts = [self.attend(part, precision) for part in jnp.split(qkv, ends[:-1], axis=1)]
         return self.out(jnp.concatenate(parts, axis=1))
 
 

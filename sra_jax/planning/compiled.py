@@ -172,6 +172,8 @@ class Program:
             return 2 * math.prod(instruction.arrays[0].shape) * math.prod(left[d] for d in contracted)
         if instruction.opcode == "convolution":
             return _convolution_flops(instruction, body)
+        if instruction.opcode == "custom-call":
+            return _kernel_flops(instruction, body)
         inner = self._inner(instruction)
         return sum(self._flops(part, inner) for part in inner.values()) if inner else 0.0
 
@@ -187,6 +189,8 @@ class Program:
             return 2 * _size(body[instruction.operands[1]].arrays)
         inner = self._inner(instruction)
         operands = [body[name] for name in instruction.operands]
+        if instruction.opcode == "custom-call":  # a kernel that gets an array several times reads parts of it
+            operands = list({source.name: source for source in (_source(body, each) for each in operands)}.values())
         if not inner:
             copies = instruction.arrays[:1] if instruction.opcode == "copy-start" else instruction.arrays
             return _size(copies) + sum(_size(operand.arrays) for operand in operands)
@@ -349,6 +353,29 @@ def group_size(attributes: str) -> int:
     if found := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
         return len(found[1].split(","))
     raise ValueError(f"how many devices take part is not clear from: {attributes[:200]}")
+
+
+def _source(body: Mapping[str, Instruction], instruction: Instruction) -> Instruction:
+    """The instruction that made the array of a bitcast."""
+    while instruction.opcode == "bitcast":
+        instruction = body[instruction.operands[0]]
+    return instruction
+
+
+def _kernel_flops(instruction: Instruction, body: Mapping[str, Instruction]) -> float:
+    """Of a kernel that is no operation of the compiler: what its author says, or what is known of it by name."""
+    if said := re.search(r'"cost_estimate":\{"flops":"?(\d+)', instruction.rest):
+        return float(said[1])
+    for name, products in SPLASH_PRODUCTS.items():
+        if instruction.name.startswith(name):  # of queries (B,H,N,d) with all keys
+            shapes = [array.shape for each in instruction.operands for array in body[each].arrays]
+            batch, heads, tokens, width = next(shape for shape in shapes if len(shape) == 4)
+            return 2.0 * products * batch * heads * tokens**2 * width
+    return 0.0
+
+
+SPLASH_PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dkv": 5}
+"""Matrix products of JAX's attention kernel, which states no cost: forward, and backward in one."""
 
 
 def _convolution_flops(instruction: Instruction, body: Mapping[str, Instruction]) -> float:

@@ -7,6 +7,7 @@ import inspect
 import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,9 +96,9 @@ def compile_for(config: ConfigDict, wanted: Slice, sample: bool = False, results
     """
     config = without_data(config)
     devices = describe_devices(wanted)
-    config_lib.check(config, len(devices))
+    config_lib.check(config, len(devices), sharding.platform(devices[0]))
     program, lowered = lower(config, devices, sample)
-    model = config_lib.step_flops(config)
+    model, shape = config_lib.step_flops(config), config_lib.transformer_of(config)
     report: Report = {
         "recipe": config.name,
         "topology": wanted.name,
@@ -108,6 +109,8 @@ def compile_for(config: ConfigDict, wanted: Slice, sample: bool = False, results
         "batch_size": config.batch_size,
         "accumulation": config.accumulation,
         "remat": config.model.remat,
+        "attention": sharding.implementation_on(program.mesh, config.model.attention, shape),
+        "tokens": shape.attended,
         "dtype": config.dtype,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(program.state.params["model"])),
         "state_bytes": state_bytes(program),
@@ -199,7 +202,7 @@ def describe(report: Report) -> str:
         f"devices           {report['devices']}, mesh "
         + ", ".join(f"{axis}={size}" for axis, size in report["mesh"].items())
         + f"; batch {report['batch_size']} in {report['accumulation']} part(s), remat {report['remat']}, "
-        f"{report['dtype']}",
+        f"attention {report['attention']}, {report['dtype']}",
         f"parameters        {report['parameters'] / 1e6:.2f}M; state on a device: "
         + ", ".join(f"{name} {megabytes(size)}" for name, size in state.items()),
     ]
@@ -259,8 +262,19 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def table(reports: list[Report]) -> str:
+ATTENTION_COLUMNS = (
+    Row("recipe", lambda r: r["recipe"]),
+    Row("tokens", lambda r: r["tokens"]),
+    Row("attention", lambda r: r["attention"]),
+    *(column for column in COLUMNS if column.heading in ("remat", "fits", "HBM")),
+    Row("memory traffic", lambda r: megabytes(r["memory_traffic_bytes"]) if "memory_traffic_bytes" in r else "-"),
+    *(column for column in COLUMNS if column.heading in ("step, estimated", "MFU")),
+)  # fmt: skip
+"""What implementations of attention are compared by."""
+
+
+def table(reports: list[Report], columns: Sequence[Row] = COLUMNS) -> str:
     """Reports as a Markdown table."""
-    lines = ["| " + " | ".join(column.heading for column in COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
-    lines += ["| " + " | ".join(str(column.value(report)) for column in COLUMNS) + " |" for report in reports]
+    lines = ["| " + " | ".join(column.heading for column in columns) + " |", "|" + " --- |" * len(columns)]
+    lines += ["| " + " | ".join(str(column.value(report)) for column in columns) + " |" for report in reports]
     return "\n".join(lines)

@@ -9,14 +9,26 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sra_jax import config as config_lib
 from sra_jax.config.profiles import TEACHER, Profile, profile
+from sra_jax.distributed import sharding
 from sra_jax.models.stack import ANYWHERE, Placement
 from sra_jax.models.transformer import Transformer
 
 Params = dict[str, Any]
+
+
+def placement_on(mesh: Mesh, config: ConfigDict) -> Placement:
+    """Where arrays lie while the recipe's networks run on a mesh, and how they attend there.
+
+    Raises:
+      UserError: `model.attention` cannot run on these devices.
+    """
+    attend = sharding.attention_on(mesh, config.model.attention, config_lib.transformer_of(config))
+    return sharding.placement(mesh, config_lib.DTYPES[config.dtype], attend)
 
 
 @flax.struct.dataclass

@@ -55,6 +55,8 @@ class TrainedModel:
                 # Who does not sample does not guide: a run whose null label was never trained can be looked into.
                 self.config.sampling.update({"guidance_scale": 1.0} if sampling is None else sampling)
             self.config.mesh.update(data=-1, fsdp=1, model=1)  # the run's own mesh may have been a pod
+            if self.config.model.attention != "plain":
+                self.config.model.attention = "auto"  # and so may its kind of devices
             self.config.accumulation = 1
             self.config.batch_size *= jax.device_count()  # these devices can share it, and the method is content
         config_lib.check(self.config, jax.device_count())
@@ -87,5 +89,6 @@ class TrainedModel:
         metadata = folder / "_CHECKPOINT_METADATA"  # orbax writes the moment of the save into it
         return {
             "path": str(folder), "weights": self.weights,
-            "saved": metadata.read_text() if metadata.exists() else "", "model": self.config.model.to_dict(),
+            "saved": metadata.read_text() if metadata.exists() else "",
+            "model": {key: value for key, value in self.config.model.items() if key != "attention"},  # of these devices
         }  # fmt: skip

@@ -16,7 +16,7 @@ from sra_jax.distributed import sharding
 from sra_jax.errors import UserError
 from sra_jax.methods.correction import LatentMeans
 from sra_jax.runs import latent_means
-from sra_jax.runs.state import Networks, Params
+from sra_jax.runs.state import Networks, Params, placement_on
 from sra_jax.runs.trained import TrainedModel
 
 LABEL_STREAM = 2**31 - 1
@@ -110,7 +110,7 @@ class Generator:
         self._config, self._mesh, self._decoder, self._seed = config, mesh, decoder, seed
         self.batch_size = -(-batch_size // mesh.size) * mesh.size
         split = sharding.batch_sharding(mesh)
-        networks = Networks(config, sharding.placement(mesh, config_lib.DTYPES[config.dtype]))
+        networks = Networks(config, placement_on(mesh, config))
         self._sample = jax.jit(make_sampler(config, networks, means), out_shardings=split)
         self._all_finite = jax.jit(lambda latents: jnp.isfinite(latents).all(), out_shardings=sharding.replicated(mesh))
 

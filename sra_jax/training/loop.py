@@ -29,7 +29,16 @@ from sra_jax.methods.registry import noisier_teachers
 from sra_jax.runs import CONFIG, class_names, environment, latent_means
 from sra_jax.runs import metrics as metrics_lib
 from sra_jax.runs.checkpoints import UNCHECKED, Checkpoints
-from sra_jax.runs.state import Networks, TrainState, ema_decay, init_state, learning_rate, make_optimizer, sampled
+from sra_jax.runs.state import (
+    Networks,
+    TrainState,
+    ema_decay,
+    init_state,
+    learning_rate,
+    make_optimizer,
+    placement_on,
+    sampled,
+)
 from sra_jax.runs.warm_start import start_from
 from sra_jax.sampling import pictures
 from sra_jax.sampling.generation import Generator
@@ -67,7 +76,7 @@ def build(config: ConfigDict, mesh: Mesh, dataset: Dataset, steps: int) -> Progr
       dataset: gives `encode`.
       steps: length of the run, for schedules.
     """
-    networks = Networks(config, sharding.placement(mesh, config_lib.DTYPES[config.dtype]))
+    networks = Networks(config, placement_on(mesh, config))
     optimizer, profiles = make_optimizer(config, steps), config_lib.profiles_of(config)
 
     def init(key: jax.Array) -> TrainState:
@@ -116,7 +125,7 @@ def train(config: ConfigDict, workdir: Path, allow_config_change: bool = False) 
       Preempted, Interrupted: SIGTERM or Ctrl-C came; the state is saved.
     """
     check_devices()
-    config_lib.check(config, jax.device_count())
+    config_lib.check(config, jax.device_count(), sharding.platform(jax.devices()[0]))
     config_lib.check_workers(config.data.workers, os.cpu_count() or 1)
     workdir = Path(workdir)
     make_workdir(workdir)

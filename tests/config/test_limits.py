@@ -12,9 +12,9 @@ from sra_jax.diffusion.registry import PROCESSES, SAMPLERS, process_defaults
 from sra_jax.errors import UserError
 
 NAMES = {
-    "name", "dtype", "data.name", "model.remat", "alignment.distance", "alignment.weight_schedule", "process.name",
-    "optimizer.schedule", "ema.schedule", "ema.profiles", "ema.sampled", "sampling.sampler", "evaluation.extractor",
-    "process.path", "process.time_distribution", "process.schedule", "process.variance",
+    "name", "dtype", "data.name", "model.attention", "model.remat", "alignment.distance", "alignment.weight_schedule",
+    "process.name", "optimizer.schedule", "ema.schedule", "ema.profiles", "ema.sampled", "sampling.sampler",
+    "evaluation.extractor", "process.path", "process.time_distribution", "process.schedule", "process.variance",
 }  # fmt: skip
 """Keys of text that is one of a few words."""
 

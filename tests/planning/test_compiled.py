@@ -92,6 +92,26 @@ def test_a_kernel_that_keeps_its_part_of_a_sum_is_a_reduce_scatter():
     assert Program(FUSED).cost().sent == {"reduce-scatter": 1152 * 4608 * 2 * 3 / 4}
 
 
+KERNELS = """
+ENTRY %main (qkv: bf16[2,3,4,64,256], q: bf16[2,4,256,64]) -> bf16[2,4,256,64] {
+  %qkv = bf16[2,3,4,64,256]{4,3,2,1,0} parameter(0)
+  %q = bf16[2,4,256,64]{3,2,1,0} parameter(1)
+  %bitcast.1 = bf16[2,3,4,64,256]{4,3,2,1,0} bitcast(%qkv)
+  %bitcast.2 = bf16[2,3,4,64,256]{4,3,2,1,0} bitcast(%qkv)
+  %attention_forward.1 = bf16[2,4,64,256]{3,2,1,0} custom-call(%bitcast.1, %bitcast.2), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"cost_estimate":{"flops":"1000","transcendentals":"1"}}}
+  ROOT %splash_mha_dkv.3 = bf16[2,4,256,64]{3,2,1,0} custom-call(%q, %q, %q), custom_call_target="tpu_custom_call"
+}
+"""  # noqa: E501
+
+
+def test_kernels_that_are_no_operation_of_the_compiler():
+    """One says its operations, of another they are known by name; what one gets twice it reads once."""
+    (of_first, read_by_first), (of_second, read_by_second) = Program(KERNELS).cost().kernels
+    assert (of_first, of_second) == (1000, 5 * 2 * 2 * 4 * 256 * 256 * 64)
+    share = 2 * 4 * 64 * 256 * 2
+    assert (read_by_first, read_by_second) == (4 * share, 2 * share)
+
+
 @pytest.mark.parametrize(
     ("text", "size"),
     [

@@ -67,6 +67,37 @@ def test_search_leaves_out_what_cannot_be_faster(tmp_path):
     assert kept == {path: path.stat().st_mtime_ns for path in results.iterdir()}  # read, not made again
 
 
+@needs_libtpu
+def test_implementations_of_attention_side_by_side(tmp_path):
+    """256 tokens, heads of 16: the fused kernel has the same arithmetic and less traffic, and no one is told apart by
+    memory that it does not have."""
+    path = tmp_path / "table.json"
+    done = run(
+        "tools/compile_tpu.py", *SMALL, "--topology=v5e:2x2", "--config.model.patch=1", "--config.data.image_size=16",
+        "--config.data.name=synthetic", "--attention=plain,flash", "--remat=dots", f"--json={path}",
+    )  # fmt: skip
+    plain, flash = json.loads(path.read_text())
+    assert [(one["attention"], one["tokens"], one["fits"]) for one in (plain, flash)] == [
+        ("plain", 256, True), ("flash", 256, True)
+    ]  # fmt: skip
+    assert flash["flops"] == pytest.approx(plain["flops"], rel=0.05)
+    assert flash["memory_traffic_bytes"] < plain["memory_traffic_bytes"]
+    assert len(done.stdout.splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--attention=plain,cudnn", "model.attention=cudnn runs on NVIDIA GPUs of the Ampere generation or newer, and"),
+        ("--attention=pallas", "allowed: auto, cudnn, flash, splash, plain"), ("--remat=some", "allowed: none, dots"),
+    ],
+)  # fmt: skip
+def test_comparisons_that_cannot_be_made(flag, message):
+    done = run("tools/compile_tpu.py", *SMALL, "--topology=v5e:2x2", flag, code=2)
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.skipif(HAS_LIBTPU, reason="libtpu is installed")
 def test_without_libtpu_it_says_how_to_get_it():
     done = run("tools/compile_tpu.py", *SMALL, "--topology=v5e:2x2", code=2)
