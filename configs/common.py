@@ -117,6 +117,8 @@ def smoke(config: ConfigDict) -> None:
     config.dtype = "float32"
     config.log_every, config.sample_every, config.checkpoint_every = 5, 20, 10
     config.data.update(name="synthetic", image_size=16, channels=4, num_classes=10, workers=0)
+    if config_lib.tells_captions(config):
+        config.data.update(num_classes=0, captions="embeddings", context_length=8, context_width=32)
     config.model.update(depth=4, width=64, heads=4, remat="none")
     config.alignment.update(student_block=1, teacher_block=3)
     config.sampling.update(steps=type(config.sampling.steps)(10), preview_per_class=2)

@@ -82,6 +82,8 @@ def prepared_config(command: str, value: Any, keep_dtype: bool, peer: str) -> Co
     config = config_lib.from_flag(value)
     with config.unlocked():
         config.data.name, config.data.workers = "synthetic", 0
+        if config_lib.tells_captions(config):
+            config.data.captions = "embeddings"
         if not keep_dtype:
             config.dtype = "float32"
     config_lib.check(config)
@@ -94,6 +96,8 @@ def prepared_config(command: str, value: Any, keep_dtype: bool, peer: str) -> Co
                 raise UserError(
                     f"--peer=pytorch needs {package}: python -m pip install -r tests/parity/requirements.txt"
                 )
+        if config_lib.tells_captions(config):
+            raise UserError("--peer=pytorch trains DiT and SiT, not model.name=mmdit: leave --peer out")
         process = config.process
         if process.name == "interpolant":
             trained = process.path == "linear"

@@ -11,6 +11,7 @@ for this size (configs/NAME.py, with --config.* overrides). Families, which --fa
     dit           DiT and SRA's DiT
     sit_original  the original SiT, which counts time from noise to data and predicts the opposite velocity; its weights
                   are changed so that this project's samplers make the same images
+    mmdit         REPA's text to image, with or without SRA's head (projectors are dropped)
 
 Out: tensors carry the authors' names, with pos_embed and, where it was trained, ap_head, as load_state_dict takes them
 with strict=True. A .pt is {"ema": ..., "steps": ...} for --export=ema, {"model": ...} for params, all for both.
@@ -46,6 +47,8 @@ from sra_jax.errors import UserError
 from sra_jax.interop import families
 from sra_jax.interop.tensor_files import TensorFile, open_tensor_file
 from sra_jax.methods.registry import METHODS
+from sra_jax.models.flops import Shape
+from sra_jax.models.mmdit import MMDiTConfig
 from sra_jax.runs import conversion
 from sra_jax.sampling.options import define_ema_flag
 
@@ -116,11 +119,15 @@ def bring_in() -> None:
     workdir = pathlib.Path(FLAGS.workdir)
     optimizer = conversion.import_checkpoint(file, contents, config, workdir, FLAGS.fresh_optimizer)
     network = contents.network
-    null = "and a null label" if network.null_label else "and no null label"
+    if isinstance(network, MMDiTConfig):
+        told = f"captions of width {network.context_width}"
+    else:
+        null = "and a null label" if network.null_label else "and no null label"
+        told = f"{network.num_classes} classes {null} ({contents.classes})"
     print(
         f"{file.path}: {contents.family} ({contents.reason}), {network.depth} blocks, width {network.width}, "
         f"{network.heads} heads, patch {network.patch}, latents {network.input_size}x{network.input_size}x"
-        f"{network.channels}, {network.num_classes} classes {null} ({contents.classes}), "
+        f"{network.channels}, {told}, "
         f"{f'with the head of {contents.method}' if contents.head else 'without a head'}"
     )
     for line in lost:
@@ -140,17 +147,11 @@ def recipe(contents: families.Contents, file: TensorFile) -> tuple[ConfigDict, l
     With a line for each of the file's settings that has no like here.
     """
     network = contents.network
-    family = "dit" if contents.family == "dit" else "sit"
     depth, width = network.depth, network.width
-    sizes = {(size["depth"], size["width"]): name.lower() for name, size in common.SIZES.items()}
-    name = f"{family}_{sizes.get((depth, width), f'{depth}x{width}_p')}{network.patch}"
-    if network.input_size == 64:
-        name += "_512"
-    known = (RECIPES / f"{name}.py").exists()
-    config = importlib.import_module(f"configs.{name if known else f'{family}_b2'}").get_config()
+    name, known, config = _nearest(network, "dit" if contents.family == "dit" else "sit")
     with config.unlocked():
         config.name = name
-        config.data.update(image_size=network.input_size, channels=network.channels, num_classes=network.num_classes)
+        config.data.update(image_size=network.input_size, channels=network.channels)
         config.model.update(
             patch=network.patch, depth=depth, width=width, heads=network.heads, mlp_ratio=network.mlp_ratio
         )
@@ -159,13 +160,32 @@ def recipe(contents: families.Contents, file: TensorFile) -> tuple[ConfigDict, l
             common.small_methods(config, standardise="none")
         config.method.name = contents.method if contents.head else "none"
         config.alignment.enabled = contents.head
-        if not network.null_label:
-            config.model.null_label, config.label_dropout, config.sampling.guidance_scale = False, 0.0, 1.0
+        if isinstance(network, MMDiTConfig):
+            config.data.context_width, config.model.pooled = network.context_width, network.pooled
+        else:
+            config.data.num_classes = network.num_classes
+            if not network.null_label:
+                config.model.null_label, config.label_dropout, config.sampling.guidance_scale = False, 0.0, 1.0
         leaves = dict(config_lib.flatten(config))
         section = METHODS[contents.method].section or f"method.{contents.method}"
         told, lost = families.arguments_to_config(file.arguments, section)
         config.update_from_flattened_dict({key: value for key, value in told.items() if key in leaves})
     return config.lock(), lost
+
+
+def _nearest(network: Shape, family: str) -> tuple[str, bool, ConfigDict]:
+    """A recipe's name for the size, whether there is such a recipe, and it or the nearest one."""
+    depth, width = network.depth, network.width
+    if isinstance(network, MMDiTConfig):
+        config = importlib.import_module("configs.t2i_coco").get_config()
+        known = (depth, width) == (config.model.depth, config.model.width)
+        return config.name if known else f"t2i_{depth}x{width}_p{network.patch}", known, config
+    sizes = {(size["depth"], size["width"]): name.lower() for name, size in common.SIZES.items()}
+    name = f"{family}_{sizes.get((depth, width), f'{depth}x{width}_p')}{network.patch}"
+    if network.input_size == 64:
+        name += "_512"
+    known = (RECIPES / f"{name}.py").exists()
+    return name, known, importlib.import_module(f"configs.{name if known else f'{family}_b2'}").get_config()
 
 
 if __name__ == "__main__":

@@ -44,10 +44,11 @@ import numpy as np
 from absl import flags
 
 from sra_jax import cli, files, values
+from sra_jax import config as config_lib
 from sra_jax.data import classes
 from sra_jax.distributed.devices import check_devices
 from sra_jax.errors import UserError
-from sra_jax.evaluation import evaluate
+from sra_jax.evaluation import evaluate, judge
 from sra_jax.evaluation import samples as runs
 from sra_jax.evaluation.datasets import OWN, is_dataset, named_images
 from sra_jax.evaluation.extractors import EXTRACTORS
@@ -63,9 +64,10 @@ from sra_jax.evaluation.reference import (
     save_reference,
     stored_metadata,
 )
+from sra_jax.models.inception import RESIZES
 from sra_jax.runs.trained import TrainedModel
 from sra_jax.sampling.generation import Generator, generator_of, labels_for
-from sra_jax.sampling.options import LABELS_HELP, define_sampling_flags, parse_labels, sampling_overrides
+from sra_jax.sampling.options import asked, define_label_flags, define_sampling_flags, sampling_overrides
 
 FLAGS = flags.FLAGS
 
@@ -81,9 +83,9 @@ cli.path_flag("workdir", None, "measure samples of this run's checkpoint in plac
 cli.whole_flag("step", None, "with --workdir: which checkpoint; by default the newest", 0, values.COUNT_LIMIT)
 flags.DEFINE_enum("tree", "ema", ["ema", "params"], "with --workdir: which of the two parameter trees")
 cli.whole_flag("num_samples", 50_000, "with --workdir: how many samples", 2, values.COUNT_LIMIT)
-flags.DEFINE_string("labels", "balanced", f"with --workdir: {LABELS_HELP}")
 cli.whole_flag("sampling_batch_size", 250, "with --workdir: samples at a time, over all devices", 1, values.BATCH_LIMIT)
 cli.path_flag("save_samples", None, "with --workdir: write the samples to this new npz file, for ADM's suite")
+define_label_flags()
 define_sampling_flags()
 cli.path_flag("make_reference", None, "write the statistics of --reference to this new npz file")
 flags.DEFINE_enum(
@@ -97,6 +99,13 @@ cli.path_flag(
     "weights",
     None,
     "weights file of the extractor; by default the published Inception checkpoint from the cache or the network",
+)
+flags.DEFINE_enum(
+    "resize",
+    "tf1",
+    RESIZES,
+    "how images come to Inception's 299 pixels. tf1: as ADM's suite, to which ImageNet's figures refer. pytorch: as "
+    "pytorch-fid, to which COCO's refer",
 )
 flags.DEFINE_list(
     "metrics",
@@ -193,7 +202,7 @@ def _check_reference(source: str | ImageSet | None, parts: frozenset[str], metri
     if source is not None and isinstance(source, str) and "features" not in parts and not stored_metadata(source):
         print(
             f"{source} holds mu and sigma only, and does not say of what: pytorch-fid and clean-fid resize images in "
-            "other ways than ADM's suite, which this follows, so their statistics give other FIDs",
+            f"other ways than ADM's suite. This is --resize={FLAGS.resize}; pytorch-fid's needs --resize=pytorch",
             file=sys.stderr,
         )
 
@@ -221,17 +230,43 @@ def _label_translation(
         return None, tuple(name for name in metrics if name != "accuracy")
 
 
+def _made(model: TrainedModel, generator: Generator) -> dict[str, object]:
+    """How the samples are made, for the result."""
+    if config_lib.tells_captions(model.config):
+        shown = {"prompts": FLAGS.prompts or list(FLAGS.prompt)}
+    else:
+        shown = {"labels": FLAGS.labels}
+    return {"step": model.step, "tree": model.weights, **shown, "sampling": generator.describe()}
+
+
+def _judge_run(model: TrainedModel, generator: Generator) -> dict[str, object]:
+    """The share of samples that show what was asked for, where a judge can tell."""
+    if FLAGS.reference or FLAGS.metrics or FLAGS.make_reference:
+        raise UserError(
+            f"--prompts={FLAGS.prompts} asks the judge of whole canvases, which needs no --reference, --metrics or "
+            "--make_reference; for the other metrics write the captions into a file and give its name"
+        )
+    found, images = judge.measure(generator, model.params, FLAGS.prompts, FLAGS.num_samples, FLAGS.seed)
+    result = {"samples": f"{FLAGS.workdir} step {model.step}", **_made(model, generator), **found}
+    path = runs.write_result(pathlib.Path(FLAGS.workdir), model.step, result)
+    print(f"wrote {path}", file=sys.stderr)
+    if FLAGS.save_samples:
+        files.write_results({pathlib.Path(FLAGS.save_samples): lambda path: files.write_npz(path, {"arr_0": images})})
+    return result
+
+
 def _measure_run(
     model: TrainedModel, generator: Generator, reference: Reference | None, extractor: Extractor,
     metrics: tuple[str, ...], translation: np.ndarray | None,
 ) -> dict[str, object]:
     """Generate, measure, keep the result in the workdir."""
-    workdir, labels = pathlib.Path(FLAGS.workdir), parse_labels(FLAGS.labels, model.class_names)
-    made = {"step": model.step, "tree": model.weights, "labels": FLAGS.labels, "sampling": generator.describe()}
+    workdir, labels = pathlib.Path(FLAGS.workdir), asked(model, FLAGS.num_samples, FLAGS.seed)
+    made = _made(model, generator)
     samples = runs.Samples(
         generator, model.params, FLAGS.num_samples, labels, extractor, keep_images=bool(FLAGS.save_samples),
         folder=runs.unfinished_folder(
-            workdir, {**made, "extractor": extractor.identity, "images": bool(FLAGS.save_samples)}
+            workdir,
+            {**made, "extractor": extractor.identity, "images": bool(FLAGS.save_samples), "shown": labels},
         ),
     )  # fmt: skip
     with samples.locked():
@@ -275,9 +310,14 @@ def main() -> None:
     if FLAGS.workdir:
         files.check_output("--workdir", pathlib.Path(FLAGS.workdir) / runs.FOLDER, folder=True)
         model = TrainedModel(pathlib.Path(FLAGS.workdir), FLAGS.step, FLAGS.tree, sampling_overrides(), FLAGS.ema)
-        chosen = parse_labels(FLAGS.labels, model.class_names)
-        labels_for(np.zeros(1, np.int64), chosen, model.config.data.num_classes, FLAGS.seed)  # these classes are there
+        chosen = asked(model, 1, FLAGS.seed)  # refuses what does not go with the run
+        if not config_lib.tells_captions(model.config):
+            labels_for(np.zeros(1, np.int64), chosen, model.config.data.num_classes, FLAGS.seed)  # these classes exist
         generator = generator_of(model, FLAGS.sampling_batch_size, FLAGS.seed)  # finds the decoder's weights
+        if judge.can_tell(model.config.data, FLAGS.prompts):
+            result = _judge_run(model, generator)
+            _report(result, judge.table(result))
+            return
     if FLAGS.samples:
         samples = open_images(FLAGS.samples)
         _say_what_is_there("samples", samples)
@@ -288,11 +328,14 @@ def main() -> None:
         evaluate.check_sizes(FLAGS.reference, image_size_of(source), samples.shape[1:3])
     elif source is not None and generator is not None:
         evaluate.check_sizes(FLAGS.reference, image_size_of(source), generator.image_size())
-    extractor, source = runs.extractor_for(FLAGS.extractor, FLAGS.weights, source)
+    extractor, source = runs.extractor_for(FLAGS.extractor, FLAGS.weights, source, FLAGS.resize)
     parts = frozenset() if source is None else parts_of(source, extractor)
     metrics: tuple[str, ...] = ()
     if model or samples is not None:
-        labels = model is not None or (samples is not None and samples.labels is not None)
+        if model:
+            labels = not config_lib.tells_captions(model.config)
+        else:
+            labels = samples is not None and samples.labels is not None
         metrics = _metrics(extractor, parts if source is not None else frozenset(evaluate.PARTS), labels=labels)
     count = len(samples) if samples is not None else FLAGS.num_samples
     if metrics and count < evaluate.least_samples(metrics):
@@ -328,7 +371,12 @@ def _work(
         result = _measure_files(samples, reference, extractor, metrics, translation)
     else:
         return
-    print(evaluate.table(result), file=sys.stderr)
+    _report(result, evaluate.table(result))
+
+
+def _report(result: dict[str, object], table: str) -> None:
+    """A table for people, one line for programs."""
+    print(table, file=sys.stderr)
     line = json.dumps(result)
     print(line)
     if FLAGS.json:

@@ -38,6 +38,7 @@ import numpy as np
 from absl import flags
 
 from sra_jax import cli, files, values
+from sra_jax import config as config_lib
 from sra_jax.data import classes
 from sra_jax.data import registry as datasets
 from sra_jax.data.dataset import Dataset
@@ -116,6 +117,8 @@ def probe_all(output: pathlib.Path, names: list[str], models: list[TrainedModel]
 
 def probe_run(model: TrainedModel, workdir: pathlib.Path, settings: Settings) -> np.ndarray:
     """Accuracies (levels, blocks) of one run."""
+    if config_lib.tells_captions(model.config):
+        raise UserError(f"{workdir} is a run with captions, and the linear probe predicts labels, which it has not")
     train_path = FLAGS.path or model.config.data.path
     dataset = open_set(model, train_path)
     test = open_set(model, FLAGS.test_path) if FLAGS.test_path else dataset

@@ -28,8 +28,10 @@ from absl import flags
 from PIL import Image
 
 from sra_jax import cli, files, values
+from sra_jax import config as config_lib
 from sra_jax.data import classes, images
 from sra_jax.data import registry as datasets
+from sra_jax.data.captions import embedded
 from sra_jax.data.dataset import Example
 from sra_jax.distributed import sharding
 from sra_jax.errors import UserError
@@ -98,9 +100,10 @@ def run(model: TrainedModel, settings: Settings) -> tuple[np.ndarray, np.ndarray
     copies = model.mesh.size  # each device works on one; the first is shown
     batch: Example = {key: np.repeat(np.asarray(array)[None], copies, axis=0) for key, array in example.items()}
     indices = np.full(copies, FLAGS.example, np.int32)
-    put = sharding.put_rows({**batch, "index": indices}, model.mesh)
+    embed = embedded(dataset.text, model.mesh, config_lib.DTYPES[model.config.dtype])
+    put = embed(sharding.put_rows({**batch, "index": indices}, model.mesh))
     index = put.pop("index")
-    x_t, tokens = jax.jit(make_extractor(model, dataset.encode, settings, pool=False))(model.params, put, index)
+    x_t, tokens = jax.jit(make_extractor(model, dataset, settings, pool=False))(model.params, put, index)
     encode_key = jax.random.fold_in(jax.random.key(settings.seed), FLAGS.example)  # as the extractor has it
     latents = sharding.gather(jax.jit(dataset.encode)(put, encode_key))[0]
     shown = sharding.gather(x_t)[0][..., : 3 if latents.shape[-1] >= 3 else 1]

@@ -1,6 +1,7 @@
 """Encode a set of images to latents for training, or check latents that were encoded before.
 
-Sources: tfds:NAME[:VERSION][:SPLIT], imagefolder:DIR, idx:DIR[:train|t10k], edm2:DIR, sklearn:photos.
+Sources: tfds:NAME[:VERSION][:SPLIT], imagefolder:DIR, idx:DIR[:train|t10k], edm2:DIR, sklearn:photos; with captions:
+coco:DIR[:SPLIT], captions:DIR (images and captions.jsonl), tfds:coco_captions.
 
 Images are cropped as ADM does (box halving, bicubic, centre), scaled to [-1, 1] and encoded; the mean and the standard
 deviation of the posterior are stored in ArrayRecord shards with the label, and manifest.json describes them. Train on
@@ -8,6 +9,10 @@ them with --config.data.name=latents --config.data.path=OUTPUT.
 
 A folder's classes are numbered in the order of their names as text (torchvision's: 0, 1, 10, 11, 2, ...); which label
 stands for which is said at the start and kept in the manifest. Hidden files and folders are passed over.
+
+Of a source with captions all captions are embedded by a CLIP text tower and stored beside the latents, in half
+precision, with the empty one; or their token ids are (--captions=ids). A caption that cannot be used or is cut is named
+on stderr and in captions.json.
 
 Interrupted work goes on with the next unfinished shard when the same command runs again, and gives the same bytes on
 the same devices and --batch_size. To share the work, run the command in several processes on one file system: the
@@ -28,6 +33,10 @@ Examples:
 
     # .npy moments and dataset.json of the PyTorch code: converted, not encoded again
     python tools/prepare_latents.py --source=edm2:/data/vae-sd --output=/data/latents256
+
+    # COCO's unpacked archives, with captions for text to image
+    python tools/prepare_latents.py --source=coco:/data/coco:train2014 --output=/data/coco256 --image_size=256 \\
+        --vae=/models/sd-vae-ft-ema --text_encoder=/models/clip-vit-large-patch14
 
     # two sample photographs, for a first try
     python tools/prepare_latents.py --source=sklearn:photos --output=/tmp/photos --vae=/models/sd-vae-ft-ema
@@ -57,13 +66,16 @@ from absl import flags
 from tqdm import tqdm
 
 from sra_jax import cli, files, values
-from sra_jax.data import classes, features, shards
+from sra_jax.data import caption_shards, classes, features, shards
+from sra_jax.data.caption_sources import is_captioned, open_captions
+from sra_jax.data.captions import TextEncoder
 from sra_jax.data.image_sources import ImageSource, open_images
+from sra_jax.data.images import CROPS
 from sra_jax.data.moments import MomentsFolder
 from sra_jax.data.preparation import ImageEncoder, MomentsCopier, prepare
 from sra_jax.distributed.devices import check_devices
 from sra_jax.errors import UserError
-from sra_jax.interop import autoencoder
+from sra_jax.interop import autoencoder, clip_text
 
 EXIT_SKIPPED = 3
 EXIT_DAMAGED = 4
@@ -97,6 +109,22 @@ cli.paths_flag(
     "Store an encoder's features beside the latents in --output: a folder of .npy files (tokens, channels), one an "
     "example in the source's order, or one .npy file (examples, tokens, channels); several encoders with commas.",
 )
+cli.path_flag(
+    "text_encoder", clip_text.DEFAULT_CLIP,
+    "With a source of captions: folder with config.json, model.safetensors and the tokenizer of a CLIP, or a Hugging "
+    "Face id; only its text tower is read.",
+)  # fmt: skip
+flags.DEFINE_enum(
+    "captions", "embeddings", sorted(caption_shards.FORMS),
+    "With a source of captions: what is stored of them. embeddings: nothing is left to do while training. ids: token "
+    "ids, 300 times smaller; the devices embed them in training, for which --config.data.captions=ids.",
+)  # fmt: skip
+cli.whole_flag("context_length", None, "Tokens a caption; by default as many as the text encoder has.", 2, 2**16)
+flags.DEFINE_enum(
+    "crop", None, sorted(CROPS),
+    "adm: ADM's box halving and bicubic, by default; square: the largest square with Lanczos, as U-ViT and REPA crop "
+    "COCO, by default with a source of captions.",
+)  # fmt: skip
 flags.DEFINE_bool("verify", False, "Only check the shards in --output against their checksums.")
 
 
@@ -110,6 +138,39 @@ def store_features() -> int:
         f"--config.method.name=repa --config.method.repa.widths={','.join(map(str, stored.widths))}"
     )
     return 0
+
+
+def _only_for_captions(*names: str) -> None:
+    given = [f"--{name}" for name in names if FLAGS[name].present]
+    if given:
+        raise UserError(f"{', '.join(given)}: --source={FLAGS.source} has no captions; leave it out")
+
+
+def store_captions(source: ImageSource, tower: clip_text.TextTower) -> None:
+    """Store the captions of all examples beside the latents, where they are not there yet."""
+    stored = caption_shards.read(FLAGS.output)
+    if stored is None:
+        stored = caption_shards.store(
+            FLAGS.output, source, TextEncoder(tower.config, tower.params, tower.tokenizer), form=FLAGS.captions,
+            name=tower.name, fingerprint=tower.fingerprint,
+            progress=lambda numbers: tqdm(numbers, desc="captions", unit="example", dynamic_ncols=True),
+        )  # fmt: skip
+    elif stored.form != FLAGS.captions:
+        raise UserError(
+            f"{FLAGS.output} stores {stored.form} of captions: give --captions={stored.form}, or delete "
+            f"{caption_shards.FILE} there to store {FLAGS.captions}"
+        )
+    elif (stored.encoder_sha256, stored.length) != (tower.fingerprint, tower.tokenizer.length):
+        raise UserError(
+            f"the captions in {FLAGS.output} are of {stored.encoder} with {stored.length} tokens: name that "
+            f"--text_encoder and --context_length={stored.length}, or delete {caption_shards.FILE} to store others"
+        )
+    for name, reason in stored.bad:
+        print(f"{name}: {reason}", file=sys.stderr)
+    print(
+        f"{sum(stored.counts)} captions of {len(stored.counts)} examples, as {stored.form}: {stored.length} tokens of "
+        f"width {stored.width}, {len(stored.bad)} remarks"
+    )
 
 
 def processes() -> tuple[int, int]:
@@ -126,10 +187,12 @@ def processes() -> tuple[int, int]:
 def verify() -> int:
     """Check every shard of --output; the exit code."""
     manifest = shards.read_manifest(FLAGS.output)
-    stored = features.read(FLAGS.output)
-    beside = stored.shards if stored else ()
+    stored, captions = features.read(FLAGS.output), caption_shards.read(FLAGS.output)
+    beside = (stored.shards if stored else ()) + (captions.shards if captions else ())
     problems = shards.damaged_shards(FLAGS.output, manifest, lambda s: tqdm(s, unit="shard", disable=None))
-    problems += [problem for shard in beside if (problem := shards.damaged_file(FLAGS.output, shard))]
+    for shard in tqdm(beside, unit="shard", disable=None):
+        if problem := shards.damaged_file(FLAGS.output, shard):
+            problems.append(problem)
     for problem in problems:
         print(problem, file=sys.stderr)
     if problems:
@@ -139,6 +202,8 @@ def verify() -> int:
     print(f"{len(manifest.shards)} shards with {manifest.examples} examples are whole")
     if stored is not None:
         print(f"so are the {len(stored.shards)} shards of their features")
+    if captions is not None:
+        print(f"so are the {len(captions.shards)} shards with {sum(captions.counts)} captions")
     return 0
 
 
@@ -171,14 +236,18 @@ def main() -> int:
     files.check_output("--output", FLAGS.output, folder=True)
     check_devices()
     index, count = processes()
+    captioned = is_captioned(FLAGS.source)
+    if not captioned:
+        _only_for_captions("text_encoder", "context_length", "captions")
+    tower = clip_text.load(FLAGS.text_encoder, FLAGS.context_length) if captioned else None
     kind, _, path = FLAGS.source.partition(":")
     source: MomentsFolder | ImageSource
     maker: MomentsCopier | ImageEncoder
     if kind == "edm2":
         if FLAGS.data_dir:
             raise UserError("--data_dir is the folder of TFDS's sets, and edm2 is none of them")
-        if FLAGS.flip:
-            raise UserError("--flip needs images: moments that are encoded already cannot be flipped exactly")
+        if FLAGS.flip or FLAGS.crop:
+            raise UserError("--flip and --crop need images: what is encoded already can be neither flipped nor cropped")
         moments = source = MomentsFolder(path)
         vae_config, fingerprint = autoencoder.read_config(FLAGS.vae), None
         maker = MomentsCopier(moments, vae_config)
@@ -188,12 +257,14 @@ def main() -> int:
                 f"{maker.settings['image_size']} pixels: leave --image_size out"
             )
     else:
-        source = open_images(FLAGS.source, FLAGS.data_dir)
+        source = (open_captions if captioned else open_images)(FLAGS.source, FLAGS.data_dir)
         vae = autoencoder.load(FLAGS.vae, jnp.dtype(FLAGS.compute_dtype))
         vae_config, fingerprint = vae.config, vae.fingerprint
-        maker = ImageEncoder(vae, FLAGS.image_size, FLAGS.batch_size, FLAGS.flip)
+        crop = FLAGS.crop or ("square" if captioned else "adm")
+        maker = ImageEncoder(vae, FLAGS.image_size, FLAGS.batch_size, FLAGS.flip, crop)
 
-    print(f"{FLAGS.source}: {len(source):,} images, {classes.described(source.num_classes, source.class_names)}")
+    told = "with captions" if captioned else classes.described(source.num_classes, source.class_names)
+    print(f"{FLAGS.source}: {len(source):,} images, {told}")
     if source.left_out:
         print(f"{FLAGS.source}: left out {source.left_out}")
     report = prepare(
@@ -214,6 +285,8 @@ def main() -> int:
         on_skip=lambda name, reason: tqdm.write(f"skipped {name}: {reason}", file=sys.stderr),
     )
     print(f"{report.examples} images encoded by process {index} of {count}, {len(report.skipped)} unreadable")
+    if report.complete and tower is not None and not isinstance(source, MomentsFolder):
+        store_captions(source, tower)
     if report.complete:
         print(f"{FLAGS.output} is complete: train with --config.data.name=latents --config.data.path={FLAGS.output}")
     else:

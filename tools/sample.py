@@ -5,6 +5,9 @@ labels (N,) int64, as the ADM evaluation suite reads them, and class_names (K,),
 run's set has names. Sample i depends on --seed, i and its label alone, so
 --batch_size and the number of devices change nothing but speed. What is not given is taken from the run's config.
 
+A run that is told captions takes --prompt or --prompts in place of --labels; arr_1 then numbers the prompts, which are
+in the npz as well.
+
 Exit codes: 0 done, 1 made but not written (kept elsewhere, the message says where), 2 bad input.
 
 Examples:
@@ -12,12 +15,13 @@ Examples:
     python tools/sample.py --workdir=runs/digits --num_samples=1000 --output=samples.npz --grid=grid.png
     python tools/sample.py --workdir=W --step=400000 --guidance_scale=1.8 --guidance_interval=0,0.7 --labels=207,360 \\
         --num_samples=64 --grid=grid.png
+    python tools/sample.py --workdir=runs/digits_captions --prompt="a seven left of a one" --prompt="one, then four" \\
+        --num_samples=20 --grid=grid.png
 """
 
 import contextlib
 import pathlib
 import sys
-from collections.abc import Sequence
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
@@ -31,15 +35,16 @@ from absl import flags
 from tqdm import tqdm
 
 from sra_jax import cli, files, values
+from sra_jax import config as config_lib
 from sra_jax.errors import UserError
 from sra_jax.runs.trained import TrainedModel
 from sra_jax.sampling import pictures
-from sra_jax.sampling.generation import Generator, generator_of
+from sra_jax.sampling.generation import Asked, Generator, generator_of
 from sra_jax.sampling.options import (
-    LABELS_HELP,
+    asked,
+    define_label_flags,
     define_sampling_flags,
     describe_labels,
-    parse_labels,
     sampling_overrides,
 )
 
@@ -50,12 +55,12 @@ cli.path_flag("workdir", None, "The run's folder.", required=True)
 cli.whole_flag("step", None, "Checkpoint to read; by default the newest.", 0, values.COUNT_LIMIT)
 flags.DEFINE_enum("weights", "ema", ["ema", "params"], "Which of the two parameter trees.")
 cli.whole_flag("num_samples", 1000, "How many images.", 1, values.COUNT_LIMIT)
-flags.DEFINE_string("labels", "balanced", LABELS_HELP)
 cli.whole_flag("seed", 0, "Of noise and uniform labels.", 0, values.SEED_LIMIT)
 cli.whole_flag("batch_size", 250, "Images at a time over all devices.", 1, values.BATCH_LIMIT)
 cli.path_flag("output", None, "npz file to write.")
-cli.path_flag("grid", None, f"PNG file to write: the samples of each class in rows of {GRID_COLUMNS}.")
+cli.path_flag("grid", None, f"PNG file to write: the samples of each class or prompt in rows of {GRID_COLUMNS}.")
 flags.DEFINE_bool("overwrite", False, "Replace --output and --grid where they exist.")
+define_label_flags()
 define_sampling_flags()
 
 
@@ -68,7 +73,7 @@ def main() -> None:
     for flag, path in outputs.items():
         files.check_output(f"--{flag}", path, FLAGS.overwrite)
     model = TrainedModel(pathlib.Path(FLAGS.workdir), FLAGS.step, FLAGS.weights, sampling_overrides(), FLAGS.ema)
-    chosen_labels = parse_labels(FLAGS.labels, model.class_names)
+    chosen_labels = asked(model, FLAGS.num_samples, FLAGS.seed)
     if said := describe_labels(chosen_labels, model.class_names):
         print(f"labels: {said}", file=sys.stderr)
     generator = generator_of(model, FLAGS.batch_size, FLAGS.seed)
@@ -78,7 +83,7 @@ def main() -> None:
         make(model, generator, chosen_labels)
 
 
-def make(model: TrainedModel, generator: Generator, chosen_labels: str | Sequence[int]) -> None:
+def make(model: TrainedModel, generator: Generator, chosen_labels: Asked) -> None:
     """Sample and write."""
     batches: list[np.ndarray] = []
     given: list[np.ndarray] = []
@@ -93,6 +98,8 @@ def make(model: TrainedModel, generator: Generator, chosen_labels: str | Sequenc
     results = {}
     if FLAGS.output:
         arrays = {"arr_0": images, "arr_1": labels.astype(np.int64)}
+        if config_lib.tells_captions(model.config):
+            arrays["prompts"] = np.array(chosen_labels)
         if model.class_names is not None:
             arrays["class_names"] = np.array(model.class_names)
         results[pathlib.Path(FLAGS.output)] = lambda path: files.write_npz(path, arrays)
@@ -102,11 +109,11 @@ def make(model: TrainedModel, generator: Generator, chosen_labels: str | Sequenc
     if FLAGS.output:
         print(f"{FLAGS.output}: arr_0 {images.shape} uint8, arr_1 {labels.shape}")
     if FLAGS.grid:
-        print(f"{FLAGS.grid}: {GRID_COLUMNS} samples a row, one row a class")
+        print(f"{FLAGS.grid}: {GRID_COLUMNS} samples a row, one row a class or prompt")
 
 
 def class_rows(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """The first samples of each of the first ten classes, one row a class; white where there are too few."""
+    """The first samples of the first ten classes or prompts, one row each; white where there are too few."""
     rows = []
     for label in np.unique(labels)[:GRID_COLUMNS]:
         row = images[labels == label][:GRID_COLUMNS]

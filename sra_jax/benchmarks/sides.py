@@ -92,9 +92,13 @@ class JaxSide:
         networks = Networks(self._config)
         params = jax.jit(networks.init)(jax.random.key(0))
         indices = jax.numpy.arange(count)
-        arguments = ({"model": params["model"]}, indices, indices % self._config.data.num_classes, np.int32(0))
+        null = self._dataset.null
+        told = indices % max(1, self._config.data.num_classes)
+        if null is not None:
+            told = jax.tree.map(lambda array: jax.numpy.repeat(jax.numpy.asarray(array)[None], count, axis=0), null)
+        arguments = ({"model": params["model"]}, indices, told, np.int32(0))
         start = time.perf_counter()
-        compiled = jax.jit(make_sampler(self._config, networks)).lower(*arguments).compile()
+        compiled = jax.jit(make_sampler(self._config, networks, null=null)).lower(*arguments).compile()
         seconds = time.perf_counter() - start
         self._sample = lambda: jax.block_until_ready(compiled(*arguments))
         return {"compile_seconds": seconds}

@@ -7,7 +7,7 @@ Other rooms use it as `from sra_jax import config as config_lib`.
 
 from sra_jax.config.checks import check
 from sra_jax.config.flag import define_flag
-from sra_jax.config.keys import DTYPES, FREE_KEYS, default, flatten
+from sra_jax.config.keys import DTYPES, FREE_KEYS, default, flatten, tell_captions
 from sra_jax.config.limits import check_workers
 from sra_jax.config.objects import (
     correction_of,
@@ -21,6 +21,7 @@ from sra_jax.config.objects import (
     profiles_of,
     sampler_of,
     step_flops,
+    tells_captions,
     total_steps,
     transformer_of,
 )
@@ -31,5 +32,5 @@ __all__ = [
     "DTYPES", "FREE_KEYS", "check", "check_workers", "correction_of", "default", "define_flag", "differences",
     "fewest_devices", "flatten", "from_flag", "from_json", "guidance_interval", "guidance_of", "mesh_shape",
     "method_names", "methods_of", "process_defaults", "process_of", "profiles_of", "read", "readable", "sampler_of",
-    "step_flops", "to_json", "total_steps", "transformer_of",
+    "step_flops", "tell_captions", "tells_captions", "to_json", "total_steps", "transformer_of",
 ]

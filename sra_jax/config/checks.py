@@ -5,7 +5,16 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from sra_jax.config.keys import DTYPES, EMA_SCHEDULES, LEARNING_RATE_SCHEDULES, default, flatten
+from sra_jax.config.keys import (
+    CAPTION_FORMS,
+    CAPTION_KEYS,
+    DTYPES,
+    EMA_SCHEDULES,
+    LEARNING_RATE_SCHEDULES,
+    default,
+    flatten,
+    tell_captions,
+)
 from sra_jax.config.limits import check_numbers, check_sizes
 from sra_jax.config.objects import (
     guidance_interval,
@@ -14,6 +23,7 @@ from sra_jax.config.objects import (
     process_of,
     profiles_of,
     sampler_of,
+    tells_captions,
     transformer_of,
 )
 from sra_jax.config.profiles import TEACHER, profile
@@ -22,6 +32,7 @@ from sra_jax.diffusion.registry import PROCESSES, SAMPLERS, process_defaults
 from sra_jax.errors import UserError
 from sra_jax.methods.registry import names_of
 from sra_jax.models import attention
+from sra_jax.models.mmdit import INITIALISATIONS
 from sra_jax.models.stack import REMAT_POLICIES
 
 
@@ -70,16 +81,26 @@ def _check_keys(config: ConfigDict) -> None:
         if sampler.process == config.process.name:
             expected.sampling.update(sampler.options)
     names_of(config.method.name)  # raises
+    _choice("model.name", config.model.name, ("transformer", "mmdit"))
+    if tells_captions(config):
+        tell_captions(expected)
     given, known = dict(flatten(config)), dict(flatten(expected))
     for key in given.keys() - known.keys():
         close = difflib.get_close_matches(key, known, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
-        raise UserError(f"config key {key} is not read by anything with process.name={config.process.name!r}{hint}")
+        raise UserError(f"config key {key} is not read by anything with {_family(config, key)}{hint}")
     for key in known.keys() - given.keys():
         raise UserError(
-            f"config key {key} is missing with process.name={config.process.name!r}; start the recipe from "
+            f"config key {key} is missing with {_family(config, key)}; start the recipe from "
             "sra_jax.config.default() or from a recipe of that family"
         )
+
+
+def _family(config: ConfigDict, key: str) -> str:
+    """What decides whether there is such a key."""
+    if key in CAPTION_KEYS:
+        return f"model.name={config.model.name!r}"
+    return f"process.name={config.process.name!r}"
 
 
 def _check_training(config: ConfigDict, device_count: int) -> None:
@@ -124,6 +145,10 @@ def _check_split(config: ConfigDict, shape: dict[str, int]) -> None:
 def _check_model(config: ConfigDict) -> None:
     model, data = config.model, config.data
     _choice("model.remat", model.remat, REMAT_POLICIES)
+    if tells_captions(config):
+        _check_captions(config)
+    elif not data.num_classes:
+        raise UserError("data.num_classes=0 leaves no label to be told: at least 1; captions take model.name=mmdit")
     if data.image_size % model.patch:
         raise UserError(
             f"data.image_size={data.image_size} is not divisible by model.patch={model.patch}; use a patch that "
@@ -138,6 +163,23 @@ def _check_model(config: ConfigDict) -> None:
         raise UserError(
             f"model.width={model.width} must be divisible by model.heads={model.heads} and, for the position table, "
             "by 4"
+        )
+
+
+def _check_captions(config: ConfigDict) -> None:
+    model, data, prompts = config.model, config.data, config.sampling.preview_prompts
+    _choice("model.initialisation", model.initialisation, INITIALISATIONS)
+    _choice("data.captions", data.captions, CAPTION_FORMS)
+    if model.depth < 2:
+        raise UserError(f"model.depth={model.depth} is too few with model.name=mmdit: its last block is a special one")
+    if data.num_classes:
+        raise UserError(f"data.num_classes={data.num_classes}: there are no labels with model.name=mmdit, give 0")
+    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        raise UserError(f"sampling.preview_prompts={prompts!r} must be captions, at least one: ('a cat','a dog')")
+    if config.evaluation.every:
+        raise UserError(
+            f"evaluation.every={config.evaluation.every} needs labels; measure a run with captions by tools/fid.py "
+            "--prompts and set evaluation.every=0"
         )
 
 

@@ -1,7 +1,8 @@
 """Every key that a recipe has, what it means, and the checks that run before any work starts.
 
 A recipe (configs/*.py) starts from `default()` and changes values; it adds keys only under `process` and `sampling`,
-whose keys belong to the family that `process.name` names. A key that nothing reads is refused.
+whose keys belong to the family that `process.name` names, and `CAPTION_KEYS` where `model.name` is mmdit. A key that
+nothing reads is refused.
 """
 
 from collections.abc import Iterator
@@ -20,8 +21,8 @@ EMA_SCHEDULES = ("constant", "cosine")
 
 FREE_KEYS = (
     "steps", "epochs", "examples", "log_every", "sample_every", "checkpoint_every", "keep", "keep_every",
-    "accumulation", "data.path", "data.workers", "data.vae", "mesh", "model.attention", "model.remat", "sampling",
-    "evaluation", "ema.sampled",
+    "accumulation", "data.path", "data.workers", "data.vae", "data.text_encoder", "mesh", "model.attention",
+    "model.remat", "sampling", "evaluation", "ema.sampled",
 )  # fmt: skip
 """Keys, or groups of keys, that a resumed run may change: they move no number beyond rounding. The length of
 the run is free as long as no schedule depends on it."""
@@ -43,7 +44,7 @@ def default() -> ConfigDict:
             "batch_size": 256,  # examples a step over all devices and processes
             "accumulation": 1,  # microbatches a step; divides batch_size
             "dtype": "float32",  # of matrix products: float32 or bfloat16; everything else is float32
-            "label_dropout": 0.1,  # share of labels replaced by the null label, for guidance
+            "label_dropout": 0.1,  # share of labels replaced by the null label, or captions by the empty one
             "log_every": 100,  # steps between lines of metrics.jsonl
             "sample_every": 10_000,  # steps between preview grids; 0 makes none
             "checkpoint_every": 10_000,  # steps between checkpoints; the last step is always saved
@@ -54,11 +55,12 @@ def default() -> ConfigDict:
                 "path": "",  # latents: the folder that tools/prepare_latents.py made; pixels: idx:DIR and the like
                 "image_size": 32,  # height and width that the model sees
                 "channels": 4,  # of what the model sees: 4 for latents, 1 or 3 for pixels
-                "num_classes": 1000,  # labels run from 0 to one less; the number itself is the null label
+                "num_classes": 1000,  # labels run from 0 to one less; the number itself is the null; 0: captions
                 "vae": "",  # autoencoder that decodes latents: a folder or a Hugging Face id; empty: the one they name
                 "workers": 0,  # processes that read ahead; 0 reads in threads
             },
             "model": {
+                "name": "transformer",  # transformer: DiT and SiT, told labels; mmdit: text to image, told captions
                 "patch": 2,  # side of the square that becomes a token; divides data.image_size
                 "depth": 12,  # transformer blocks
                 "width": 768,  # of a token; divisible by heads and by 4
@@ -132,6 +134,32 @@ def default() -> ConfigDict:
         },
         convert_dict=True,
     )
+
+
+CAPTION_FORMS = ("embeddings", "ids")
+"""What a set stores of captions."""
+
+CAPTION_KEYS: dict[str, tuple[Any, str]] = {
+    "data.context_length": (77, "tokens of a caption, padding included"),
+    "data.context_width": (768, "channels of a caption's embeddings, one a token"),
+    "data.captions": ("embeddings", "embeddings, as prepared; ids: the text tower embeds token ids on the devices"),
+    "data.text_encoder": ("", "a folder or a Hugging Face id; empty: the one that embedded the captions"),
+    "model.initialisation": (
+        "uniform", "uniform: weights and biases within 1 / sqrt(inputs), PyTorch's and REPA's; adaln_zero: DiT's"
+    ),
+    "model.pooled": (False, "whether the embedding at a caption's end joins the time in the blocks' condition"),
+    "sampling.preview_prompts": (("",), "captions of the rows of a preview grid, in place of classes"),
+}  # fmt: skip
+"""The keys that come with `model.name=mmdit`: default and meaning."""
+
+
+def tell_captions(config: ConfigDict) -> None:
+    """Turn a recipe into one of text to image: an MMDiT with its keys, told captions in place of labels."""
+    config.model.name = "mmdit"
+    config.data.num_classes = 0
+    for key, (value, _) in CAPTION_KEYS.items():
+        group, _, name = key.partition(".")
+        config[group][name] = value
 
 
 def flatten(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -62,7 +62,9 @@ RANGES: Mapping[str, Range] = {
     "keep_every": _counts(0),
     "data.image_size": Range(1, SIDE_LIMIT),
     "data.channels": Range(1, 4096),
-    "data.num_classes": Range(1, 10**6),
+    "data.num_classes": Range(0, 10**6),
+    "data.context_length": Range(2, 2**16),
+    "data.context_width": Range(1, 2**16),
     "data.workers": Range(0, values.WORKERS_LIMIT),
     "model.patch": Range(1, SIDE_LIMIT),
     "model.depth": Range(1, 1024),
@@ -101,7 +103,7 @@ RANGES: Mapping[str, Range] = {
 }
 """Every key that holds a number, but for `method.*`: a method checks its own."""
 
-PATHS = ("init_from", "data.path", "data.vae", "evaluation.reference", "evaluation.weights")
+PATHS = ("init_from", "data.path", "data.vae", "data.text_encoder", "evaluation.reference", "evaluation.weights")
 """Every key that holds a path, where it holds anything."""
 
 

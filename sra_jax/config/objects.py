@@ -9,13 +9,14 @@ from sra_jax import values
 from sra_jax.config.keys import DTYPES
 from sra_jax.config.limits import total_fits
 from sra_jax.config.profiles import Profile, profiles
-from sra_jax.diffusion.guidance import Guidance
+from sra_jax.diffusion.guidance import Condition, Guidance
 from sra_jax.diffusion.process import Process
 from sra_jax.diffusion.registry import PROCESSES, SAMPLERS, Sampler
 from sra_jax.errors import UserError
 from sra_jax.methods.correction import Correction, LatentMeans
 from sra_jax.methods.registry import NONE, Methods, build, names_of
-from sra_jax.models.flops import StepFlops, train_step_flops
+from sra_jax.models.flops import Shape, StepFlops, train_step_flops
+from sra_jax.models.mmdit import MMDiTConfig
 from sra_jax.models.transformer import TransformerConfig
 
 
@@ -62,14 +63,25 @@ def methods_of(config: ConfigDict) -> Methods:
     return build("+".join(names) or NONE, keys)
 
 
-def transformer_of(config: ConfigDict) -> TransformerConfig:
+def tells_captions(config: ConfigDict) -> bool:
+    """Whether the network is told captions; else it is told labels."""
+    return config.model.name == "mmdit"
+
+
+def transformer_of(config: ConfigDict) -> Shape:
     """The network's shape."""
     data, model = config.data, config.model
-    return TransformerConfig(
-        input_size=data.image_size, channels=data.channels, num_classes=data.num_classes,
-        output_channels=process_of(config).output_channels(data.channels), patch=model.patch, depth=model.depth,
-        width=model.width, heads=model.heads, mlp_ratio=model.mlp_ratio, dtype=DTYPES[config.dtype],
-        remat=model.remat, null_label=model.null_label,
+    common = {
+        "input_size": data.image_size, "channels": data.channels,
+        "output_channels": process_of(config).output_channels(data.channels), "patch": model.patch,
+        "depth": model.depth, "width": model.width, "heads": model.heads, "mlp_ratio": model.mlp_ratio,
+        "dtype": DTYPES[config.dtype], "remat": model.remat,
+    }  # fmt: skip
+    if not tells_captions(config):
+        return TransformerConfig(num_classes=data.num_classes, null_label=model.null_label, **common)
+    return MMDiTConfig(
+        context_width=data.context_width, context_length=data.context_length, pooled=model.pooled,
+        initialisation=model.initialisation, **common,
     )  # fmt: skip
 
 
@@ -85,14 +97,19 @@ def guidance_interval(name: str, value: Any) -> tuple[float, float]:
     )  # fmt: skip
 
 
-def guidance_of(config: ConfigDict) -> Guidance:
-    """Guidance of the config's sampler; the interval in the process's own time."""
+def guidance_of(config: ConfigDict, null: Condition | None = None) -> Guidance:
+    """Guidance of the config's sampler; the interval in the process's own time.
+
+    Args:
+      config: the recipe.
+      null: the empty caption, where the network is told captions; else the null label.
+    """
     sampling = config.sampling
     extent = process_of(config).time_extent
     low, high = guidance_interval("sampling.guidance_interval", sampling.guidance_interval)
     return Guidance(
-        null=config.data.num_classes, scale=sampling.guidance_scale, low=low * extent, high=high * extent,
-        channels=sampling.guidance_channels or None,
+        null=config.data.num_classes if null is None else null, scale=sampling.guidance_scale, low=low * extent,
+        high=high * extent, channels=sampling.guidance_channels or None,
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from io import StringIO
 from typing import Any
 
 from sra_jax.config import keys
-from sra_jax.config.keys import FREE_KEYS, default, flatten
+from sra_jax.config.keys import CAPTION_KEYS, FREE_KEYS, default, flatten
 from sra_jax.config.limits import RANGES
 from sra_jax.diffusion.registry import PROCESSES, SAMPLERS, process_defaults
 from sra_jax.methods.registry import METHODS
@@ -76,6 +76,9 @@ def markdown() -> str:
     for group in sorted(groups, key=lambda name: list(GROUPS).index(name) if name in GROUPS else len(GROUPS)):
         rows = [Key(key, values[key], text) for key, text in comments.items() if key.rpartition(".")[0] == group]
         parts.append(_section(f"## {GROUPS.get(group, group)}", rows))
+        if group == "model":
+            rows = [Key(key, value, meaning) for key, (value, meaning) in CAPTION_KEYS.items()]
+            parts.append(_section("### With `model.name=mmdit`", rows))
         if group == "process":
             parts += _process_sections()
         if group == "method":
@@ -119,7 +122,7 @@ def _sampler_sections() -> Iterator[str]:
 
 def _type(row: Key) -> str:
     if isinstance(row.value, tuple):
-        return "numbers"
+        return "texts" if isinstance(row.value[0], str) else "numbers"
     kinds = {"str": "text", "bool": "True or False", "int": "whole number", "float": "number"}
     return ", ".join([kinds[type(row.value).__name__], *([str(RANGES[row.name])] if row.name in RANGES else [])])
 

@@ -9,9 +9,9 @@ from ml_collections import ConfigDict
 
 from sra_jax import files
 from sra_jax.config.flag import check_read
-from sra_jax.config.keys import FREE_KEYS, default, flatten
+from sra_jax.config.keys import CAPTION_KEYS, FREE_KEYS, default, flatten, tell_captions
 from sra_jax.config.limits import local_paths
-from sra_jax.config.objects import method_names
+from sra_jax.config.objects import method_names, tells_captions
 from sra_jax.diffusion.registry import process_defaults
 from sra_jax.errors import UserError
 from sra_jax.methods.registry import NONE, names_of
@@ -44,7 +44,12 @@ def from_json(text: str) -> ConfigDict:
     saved = tuples(json.loads(text))
     if not isinstance(saved, dict):
         raise ValueError("it holds no keys")
-    config = default()
+    model = saved.get("model")
+    told_captions = isinstance(model, dict) and model.get("name") == "mmdit"
+    config, usual = default(), default()
+    if told_captions:
+        tell_captions(config)
+        tell_captions(usual)
     for group in ("process", "sampling"):  # their keys belong to the saved family
         config[group] = ConfigDict()
     with config.unlocked():
@@ -54,7 +59,7 @@ def from_json(text: str) -> ConfigDict:
                     config[key].update(value)
             else:
                 config[key] = value
-        for key, value in default().sampling.items():
+        for key, value in usual.sampling.items():
             if key not in config.sampling:
                 config.sampling[key] = value
     return config.lock()
@@ -101,6 +106,8 @@ def read(path: Path) -> ConfigDict:
     except (AttributeError, TypeError, ValueError) as error:  # as ml_collections speaks of values of another type
         raise UserError(f"{path} is not a saved config: {str(error).splitlines()[0]}") from error
     known = {key for key, _ in flatten(default())}
+    if tells_captions(config):
+        known |= CAPTION_KEYS.keys()
     keys = [key for key, _ in flatten(config) if key.partition(".")[0] not in ("process", "sampling")]
     if new := sorted(set(keys) - known):
         raise UserError(

@@ -79,7 +79,7 @@ class ImageSource(Protocol):
         """Changes when the set's contents or order change, so far as that is seen without reading every image."""
 
 
-class _RandomAccess(abc.ABC):
+class RandomAccess(abc.ABC):
     """`items` of a source by its `__getitem__`, `labels` of its `_labels`."""
 
     random_access = True
@@ -99,11 +99,12 @@ class _RandomAccess(abc.ABC):
         return ""
 
 
-def _digest(parts: Iterator[str]) -> str:
-    digest = hashlib.sha256()
+def digest(parts: Iterator[str]) -> str:
+    """SHA-256 of some texts, in hexadecimal digits."""
+    found = hashlib.sha256()
     for part in parts:
-        digest.update(part.encode("utf-8", "surrogateescape") + b"\n")
-    return digest.hexdigest()
+        found.update(part.encode("utf-8", "surrogateescape") + b"\n")
+    return found.hexdigest()
 
 
 def existing_folder(path: str, what: str) -> Path:
@@ -114,7 +115,7 @@ def existing_folder(path: str, what: str) -> Path:
     return folder
 
 
-class ImageFolder(_RandomAccess):
+class ImageFolder(RandomAccess):
     """Class folders of image files; classes are numbered in the order of their names, files in that of their paths."""
 
     def __init__(self, path: str):
@@ -149,10 +150,10 @@ class ImageFolder(_RandomAccess):
         return ImageItem(str(path), path, self._labels[index])
 
     def fingerprint(self) -> str:
-        return _digest(iter(self._files))
+        return digest(iter(self._files))
 
 
-class IdxFolder(_RandomAccess):
+class IdxFolder(RandomAccess):
     """Images and labels in MNIST's IDX files."""
 
     class_names: tuple[str, ...] | None = None
@@ -206,7 +207,7 @@ class IdxFolder(_RandomAccess):
         return hashlib.sha256(self._labels.tobytes()).hexdigest()
 
 
-class SamplePhotos(_RandomAccess):
+class SamplePhotos(RandomAccess):
     """scikit-learn's two photographs, 640x427 pixels: enough to try every command without a download."""
 
     _names = ("china", "flower")
@@ -228,7 +229,7 @@ class SamplePhotos(_RandomAccess):
         return ImageItem(f"sklearn:{name}", load_sample_image(name), index)
 
     def fingerprint(self) -> str:
-        return _digest(iter(self._names))
+        return digest(iter(self._names))
 
 
 class TfdsImages:
@@ -262,10 +263,14 @@ class TfdsImages:
             )
         if not self._length:
             raise UserError(f"tfds:{path} holds no image")
-        self.class_names: tuple[str, ...] | None = tuple(info.features["label"].names)
-        self.num_classes = info.features["label"].num_classes
+        self.class_names, self.num_classes = self._classes(info.features)
         self._data: Any = None
         next(iter(self.items(0, 1)))  # of a split without labels every label is -1: known before any work
+
+    @staticmethod
+    def _classes(features: Any) -> tuple[tuple[str, ...] | None, int]:
+        """Names and number of the classes."""
+        return tuple(features["label"].names), features["label"].num_classes
 
     @staticmethod
     def _check_features(path: str, features: Any) -> None:
@@ -360,7 +365,7 @@ class TfdsImages:
 
     def fingerprint(self) -> str:
         info = self._builder().info
-        return _digest(iter([info.full_name, self._split, str(self._length)]))
+        return digest(iter([info.full_name, self._split, str(self._length)]))
 
 
 _SOURCES: dict[str, Callable[..., ImageSource]] = {

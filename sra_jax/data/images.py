@@ -3,7 +3,7 @@
 import contextlib
 import errno
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +112,21 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
+
+
+def square_crop(image: Image.Image, size: int) -> Image.Image:
+    """U-ViT's preprocessing of COCO (Bao et al., arXiv 2209.12152), to which published text-to-image figures refer.
+
+    The largest square in the centre, resized with Pillow's Lanczos filter; arguments and result as `centre_crop`.
+    """
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    square = image.crop((left, top, left + side, top + side))
+    return square.resize((size, size), Image.Resampling.LANCZOS)
+
+
+CROPS: dict[str, Callable[[Image.Image, int], Image.Image]] = {"adm": centre_crop, "square": square_crop}
+"""By name: how a picture becomes a square of a size."""
 
 
 def to_array(image: Image.Image, channels: int) -> np.ndarray:

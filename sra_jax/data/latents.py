@@ -12,11 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from sra_jax.data import record_files, shards
+from sra_jax.data import caption_shards, record_files, shards
+from sra_jax.data.captions import TextEncoder
 from sra_jax.data.dataset import Dataset, Decoder, Example
 from sra_jax.data.images import centre_crop, to_array
 from sra_jax.errors import UserError
 from sra_jax.interop import autoencoder as vae_interop
+from sra_jax.interop import clip_text
 from sra_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 
 STABLE_DIFFUSION = (4, 0.18215)
@@ -144,11 +146,12 @@ def load(data: Any) -> Dataset:
         raise UserError(f"data.image_size={data.image_size}, but the latents in {data.path} are {height}x{width}")
     if channels != data.channels:
         raise UserError(f"data.channels={data.channels}, but the latents in {data.path} have {channels}")
+    captioned = "context_width" in data
     # a set without class names only shows the labels that occur in it, so there may be more classes
     fits = data.num_classes == manifest.num_classes or (
         manifest.class_names is None and data.num_classes > manifest.num_classes
     )
-    if not fits:
+    if not fits and not captioned:
         raise UserError(
             f"data.num_classes={data.num_classes}, but the latents in {data.path} have {manifest.num_classes} classes"
         )
@@ -156,14 +159,64 @@ def load(data: Any) -> Dataset:
         raise UserError(f"{data.path} holds no example: every image of {manifest.source} was unreadable")
     shards.check_sizes(data.path, manifest)
     scale, shift = manifest.vae_config.scaling_factor, manifest.vae_config.shift_factor
+    source: LatentSource | caption_shards.WithCaptions = LatentSource(data.path, manifest)
+    null = text = None
+    if captioned:
+        stored = _captions(data)
+        source = caption_shards.WithCaptions(source, data.path, stored)
+        null = caption_shards.read_null(data.path)
+        text = text_encoder(data) if stored.form == "ids" else None
     return Dataset(
-        source=LatentSource(data.path, manifest),
+        source=source,
         latent_shape=manifest.layout.shape,
         num_classes=data.num_classes,
         encode=lambda batch, key: sample_posterior(batch, key, scale, shift),
         class_names=manifest.class_names,
         stable_diffusion=(channels, scale) == STABLE_DIFFUSION,
+        null=null,
+        text=text,
     )
+
+
+def _captions(data: Any) -> caption_shards.Stored:
+    """What the folder says of its captions.
+
+    Raises:
+      UserError: it has none, or in another form than `data.captions` says.
+    """
+    stored = caption_shards.read(data.path)
+    if stored is None:
+        raise UserError(
+            f"{data.path} holds latents without captions, and the model is told captions (model.name=mmdit): prepare "
+            "images with captions, such as tools/prepare_latents.py --source=coco:DIR, or take a recipe with labels"
+        )
+    if stored.form != data.captions:
+        raise UserError(
+            f"data.captions={data.captions!r}, but {data.path} stores {stored.form}: set data.captions={stored.form!r} "
+            f"or delete {caption_shards.FILE} there and run tools/prepare_latents.py with --captions={data.captions}"
+        )
+    return stored
+
+
+def text_encoder(data: Any) -> TextEncoder:
+    """The text encoder that embedded the set's captions.
+
+    Args:
+      data: the config's data part: `path`, whose captions name the encoder, and `text_encoder`, a folder or a Hugging
+        Face id that takes its place where it is not empty.
+
+    Raises:
+      UserError: it cannot be found, or has other weights than the one that embedded the captions.
+    """
+    _manifest(data)  # raises
+    stored = _captions(data)
+    tower = clip_text.load(data.text_encoder or stored.encoder, stored.length)
+    if tower.fingerprint != stored.encoder_sha256:
+        raise UserError(
+            f"the text encoder {tower.name} has other weights than the one that embedded the captions in {data.path} "
+            f"({stored.encoder}): set data.text_encoder to that one"
+        )
+    return TextEncoder(tower.config, tower.params, tower.tokenizer, caption_shards.read_null(data.path))
 
 
 def decoder(data: Any) -> Decoder:
@@ -180,11 +233,13 @@ def decoder(data: Any) -> Decoder:
 
 
 def example_from_image(data: Any, picture: Image.Image) -> Example:
-    """The posterior of any picture, cropped as ADM does and encoded by the set's autoencoder; its label is 0."""
+    """The posterior of any picture, cropped as ADM does and encoded by the set's autoencoder; its label is 0, its
+    caption the empty one."""
     vae = _vae(data)
     pixels = to_array(centre_crop(picture.convert("RGB"), data.image_size * vae.config.downsampling), 3)
     mean, std = vae.encode(jnp.asarray(pixels[None], jnp.float32) / 127.5 - 1)
-    return {"mean": np.asarray(mean[0]), "std": np.asarray(std[0]), "label": np.zeros((), np.int32)}
+    told = caption_shards.read_null(data.path) if "context_width" in data else {"label": np.zeros((), np.int32)}
+    return {"mean": np.asarray(mean[0]), "std": np.asarray(std[0]), **told}
 
 
 def _vae(data: Any) -> Autoencoder:

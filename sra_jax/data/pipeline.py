@@ -55,20 +55,22 @@ class _Batches:
         return sys.maxsize // self._batch_size  # endless, for grain
 
     def __getitem__(self, batch: int) -> dict[str, np.ndarray]:
-        indices = self._indices(batch)
+        epochs, indices = self._places(batch)
+        if hasattr(self._source, "read_epochs"):
+            return self._source.read_epochs(indices, epochs)
         if hasattr(self._source, "read_batch"):
             return self._source.read_batch(indices)
         examples = [self._source[index] for index in indices.tolist()]
         return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
 
-    def _indices(self, batch: int) -> np.ndarray:
-        """The examples in this process's rows of a global batch, which may reach over ends of epochs."""
+    def _places(self, batch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The epochs and the examples of this process's rows of a global batch, which may reach over ends of epochs."""
         epochs, places = np.divmod(batch * self._batch_size + self._rows, len(self._source))
         indices = np.empty_like(places)
         for epoch in np.unique(epochs).tolist():
             inside = epochs == epoch
             indices[inside] = epoch_order(len(self._source), self._seed, epoch)[places[inside]]
-        return indices
+        return epochs, indices
 
 
 def non_finite(
@@ -82,7 +84,7 @@ def non_finite(
       most: how many to name.
     """
     found: list[str] = []
-    for index in _Batches(source, batch_size, seed, rows)._indices(batch).tolist():
+    for index in _Batches(source, batch_size, seed, rows)._places(batch)[1].tolist():
         if len(found) < most and not all(map(_finite, source[index].values())):
             found.append(source.where(index) if hasattr(source, "where") else f"example {index}")
     return found
@@ -104,7 +106,8 @@ def batches(
     state of the stream is the number of the next batch.
 
     Args:
-      source: the examples. Where it has `read_batch(indices)`, which returns them stacked, batches are read with that.
+      source: the examples. Where it has `read_batch(indices)`, which returns them stacked, batches are read with that;
+        where an example is not the same in every epoch, with its `read_epochs(indices, epochs)`.
       batch_size: examples of a global batch.
       seed: of the permutations.
       rows: which rows of each global batch this process loads.

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sra_jax.data import shards
 from sra_jax.data.image_sources import ImageItem, ImageSource
-from sra_jax.data.images import UnreadableImageError, centre_crop, read_image, to_array
+from sra_jax.data.images import CROPS, UnreadableImageError, read_image, to_array
 from sra_jax.data.moments import MomentsFolder, MomentsItem
 from sra_jax.errors import RunError, UserError
 from sra_jax.models.autoencoder import Autoencoder, AutoencoderConfig
@@ -41,12 +41,15 @@ class MomentsMaker(Protocol):
 class ImageEncoder:
     """Crops images and encodes them on all devices of this process, each a part of every batch."""
 
-    def __init__(self, autoencoder: Autoencoder, image_size: int, batch_size: int, flip: bool):
+    def __init__(
+        self, autoencoder: Autoencoder, image_size: int, batch_size: int, flip: bool, crop: str = "adm"
+    ):
         """Args:
           autoencoder: its weights are copied to every device.
           image_size: side of the crops in pixels, a multiple of the autoencoder's downsampling.
           batch_size: images that are encoded together, over all devices.
           flip: also encode each image flipped left to right.
+          crop: of images, one of `CROPS`.
 
         Raises:
           UserError: sizes that do not divide.
@@ -61,6 +64,9 @@ class ImageEncoder:
         side = image_size // config.downsampling
         self.latent_shape = (side, side, config.latent_channels)
         self.settings = {"image_size": image_size, "flip": flip, "compute_dtype": str(autoencoder.dtype)}
+        if crop != "adm":  # folders that were begun before there was a choice say nothing of it
+            self.settings["crop"] = crop
+        self._crop = CROPS[crop]
         self._autoencoder = autoencoder
         self._image_size = image_size
         self._batch_size = batch_size
@@ -70,7 +76,7 @@ class ImageEncoder:
 
     def load(self, item: ImageItem) -> np.ndarray:
         """(image_size,image_size,3) uint8."""
-        return to_array(centre_crop(read_image(item.content), self._image_size), 3)
+        return to_array(self._crop(read_image(item.content), self._image_size), 3)
 
     def _encode(self, images: np.ndarray) -> tuple[jax.Array, jax.Array]:
         on_devices = jax.device_put(images, self._sharding)

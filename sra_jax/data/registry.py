@@ -1,24 +1,29 @@
 """Where datasets are looked up by name: a new one is its file and a line here."""
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from types import ModuleType
 
 from ml_collections import ConfigDict
 from PIL import Image
 
 from sra_jax import config as config_lib
-from sra_jax.data import digits, features, latents, pixels, synthetic
+from sra_jax.data import digits, digits_captions, features, latents, pixels, synthetic
+from sra_jax.data.caption_shards import WithCaptions
+from sra_jax.data.captions import Encoder
 from sra_jax.data.dataset import Dataset, Decoder, Example
 from sra_jax.errors import UserError
 
 SOURCES: dict[str, ModuleType] = {
     "digits": digits,
+    "digits_captions": digits_captions,
     "latents": latents,
     "pixels": pixels,
     "synthetic": synthetic,
 }
-"""Each module has `load(data) -> Dataset` and `decoder(data) -> Decoder`, given the config's `data` section, and, where
-pictures can become examples, `example_from_image(data, picture) -> Example`."""
+"""Each module has `load(data) -> Dataset` and `decoder(data) -> Decoder`, given the config's `data` section; where
+pictures can become examples, `example_from_image(data, picture) -> Example`; and where there are captions,
+`text_encoder(data) -> Encoder` and, where the set brings prompts, `PROMPT_LISTS`."""
 
 
 def _module(data: ConfigDict) -> ModuleType:
@@ -37,6 +42,14 @@ def load(data: ConfigDict) -> Dataset:
     found = {
         "image_size": dataset.latent_shape[0], "channels": dataset.latent_shape[2], "num_classes": dataset.num_classes
     }  # fmt: skip
+    told = "captions" if dataset.null else "labels"
+    if told != ("captions" if "context_width" in data else "labels"):
+        raise UserError(
+            f"data.name={data.name!r} has {told}, which this recipe's model.name is not made for: mmdit is told "
+            "captions, transformer labels"
+        )
+    if dataset.null:
+        found["context_length"], found["context_width"] = dataset.null["context"].shape
     for key, value in found.items():
         if data[key] != value:
             raise UserError(f"data.{key}={data[key]} does not fit data.name={data.name!r}, which has {value}; set "
@@ -69,7 +82,11 @@ def training_set(config: ConfigDict) -> Dataset:
             f"the features in {config.data.path} have {stored.tokens} tokens and widths {stored.widths}; model.patch="
             f"{config.model.patch} makes {tokens} tokens, and the method's widths are {widths}"
         )
-    return dataclasses.replace(dataset, source=features.WithFeatures(dataset.source, config.data.path, stored))
+    source = dataset.source
+    if isinstance(source, WithCaptions):
+        both = source.over(features.WithFeatures(source.latents, config.data.path, stored))
+        return dataclasses.replace(dataset, source=both)
+    return dataclasses.replace(dataset, source=features.WithFeatures(source, config.data.path, stored))
 
 
 def decoder(data: ConfigDict) -> Decoder:
@@ -77,8 +94,26 @@ def decoder(data: ConfigDict) -> Decoder:
     return _module(data).decoder(data)
 
 
+def text_encoder(data: ConfigDict) -> Encoder:
+    """What turns captions into what the network is told, by the set's own text encoder.
+
+    Raises:
+      UserError: the set has no captions, or its encoder cannot be found.
+    """
+    module = _module(data)
+    if not hasattr(module, "text_encoder"):
+        raise UserError(f"data.name={data.name!r} has no captions")
+    return module.text_encoder(data)
+
+
+def prompt_lists(data: ConfigDict) -> Mapping[str, Callable[[int, int], list[str]]]:
+    """Lists of prompts that the set brings, by name: each gives so many, chosen by a seed. Most sets have none."""
+    return getattr(_module(data), "PROMPT_LISTS", {})
+
+
 def example_from_image(data: ConfigDict, picture: Image.Image) -> Example:
-    """An example of the set that `data` names, made from any square RGB picture; its label is 0.
+    """An example of the set that `data` names, made from any square RGB picture; its label is 0, its caption the
+    empty one.
 
     Raises:
       UserError: the set does not consist of pictures.

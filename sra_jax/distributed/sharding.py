@@ -220,13 +220,12 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
     return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
 
 
-def put_rows(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """A global batch that every process holds whole -> global arrays split over the mesh."""
+def put_rows(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
+    """A global batch, a tree of arrays that every process holds whole -> global arrays split over the mesh."""
     split = batch_sharding(mesh)
-    return {
-        name: jax.make_array_from_callback(array.shape, split, array.__getitem__)
-        for name, array in batch.items()
-    }
+    return jax.tree.map(
+        lambda array: jax.make_array_from_callback(array.shape, split, array.__getitem__), dict(batch)
+    )
 
 
 def gather(array: jax.Array) -> np.ndarray:

@@ -95,7 +95,7 @@ def dataset_images(data: ConfigDict, *, labelled: bool = True) -> ImageSet:
     return ImageSet(
         name=data.path or data.name,
         shape=(count, *shape),
-        labels=np.array([int(dataset.source[i]["label"]) for i in range(count)], np.int64),
+        labels=None if dataset.null else np.array([int(dataset.source[i]["label"]) for i in range(count)], np.int64),
         read=read,
         class_names=dataset.class_names,
     )

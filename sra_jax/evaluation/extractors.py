@@ -28,25 +28,26 @@ from sra_jax.models.inception import Inception
 EXTRACTORS = ("inception", "inception_random", "classifier")
 
 
-def inception_extractor(name: str, weights: InceptionWeights) -> Extractor:
+def inception_extractor(name: str, weights: InceptionWeights, resize: str = "tf1") -> Extractor:
     """The FID Inception network with given weights: pool (N,2048), logits (N,1008), spatial (N,2023).
 
-    Greyscale images are repeated to three channels.
+    Greyscale images are repeated to three channels; `resize` is one of `sra_jax.models.inception.RESIZES`.
     """
     graphdef, _ = nnx.split(nnx.eval_shape(Inception))
 
     def apply(parameters: Any, images: jax.Array) -> Mapping[str, jax.Array]:
         if images.shape[-1] == 1:
             images = jnp.repeat(images, 3, axis=-1)
-        return nnx.merge(graphdef, parameters)(images)._asdict()
+        return nnx.merge(graphdef, parameters)(images, resize)._asdict()
 
     return Extractor(
         name=name,
-        identity=f"{name}/{weights.checksum}",
+        identity=f"{name}/{weights.checksum}" + ("" if resize == "tf1" else f"/{resize}_resize"),
         outputs=frozenset({"pool", "logits", "spatial"}),
         apply=apply,
         parameters=weights.parameters,
         published=weights.published,
+        resize=resize,
     )
 
 
@@ -100,6 +101,7 @@ def build_extractor(
     data: ImageSet | None = None,
     identity: str | None = None,
     progress: bool = True,
+    resize: str = "tf1",
 ) -> Extractor:
     """The extractor of that name.
 
@@ -110,16 +112,19 @@ def build_extractor(
       data: `classifier`: the labelled reference images, to train on where neither `weights` nor the cache has it.
       identity: `classifier`: the identity that a statistics file asks for, where there are no reference images.
       progress: whether training shows a progress bar.
+      resize: of `inception` and `inception_random`, one of `sra_jax.models.inception.RESIZES`.
 
     Raises:
       UserError: unknown name, missing or damaged weights, nothing to train on.
     """
+    if resize != "tf1" and not name.startswith("inception"):
+        raise UserError(f"--resize={resize} is a way to the Inception network; --extractor={name} resizes nothing")
     if name == "inception":
-        return inception_extractor(name, load_weights(weights))
+        return inception_extractor(name, load_weights(weights), resize)
     if name == "inception_random":
         if weights is not None:
             raise UserError("--extractor=inception_random makes its own weights; leave --weights out")
-        return inception_extractor(name, random_weights())
+        return inception_extractor(name, random_weights(), resize)
     if name == "classifier":
         if weights is not None:
             return classifier_extractor(load_classifier(Path(weights)))

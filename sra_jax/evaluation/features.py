@@ -31,6 +31,7 @@ class Extractor:
       parameters: of the network, a tree of arrays.
       image_shape: (H,W,C) that the network insists on, or None for any.
       published: whether its numbers compare with published FIDs: the official weights of the FID Inception.
+      resize: how it brings images to its size, one of `sra_jax.models.inception.RESIZES`.
       predicts_labels: whether `logits` are scores of the data's own classes.
       num_classes: how many these are.
       class_names: their names, or None where they only have numbers.
@@ -43,6 +44,7 @@ class Extractor:
     parameters: Any
     image_shape: tuple[int, int, int] | None = None
     published: bool = False
+    resize: str = "tf1"
     predicts_labels: bool = False
     num_classes: int = 0
     class_names: tuple[str, ...] | None = None

@@ -280,6 +280,11 @@ def load_reference(
         return _load_stored(path, metadata, extractor)
     if not holds_inception_statistics(path):
         return make_reference(open_images(path), extractor, batch_size=batch_size, progress=progress)
+    if extractor.resize != "tf1" and set(SPATIAL) <= set(npz_names(path)):
+        raise UserError(
+            f"{path} holds statistics of ADM's suite, which resizes as TensorFlow 1 did: leave out "
+            f"--resize={extractor.resize}, or give pytorch-fid's statistics or images"
+        )
     if not extractor.published:
         refuse_inception_statistics(path, extractor.identity)
     pool = _statistics(path, POOL)

@@ -27,7 +27,7 @@ from sra_jax.evaluation.extractors import build_extractor
 from sra_jax.evaluation.features import Extractor, Features, extract_features
 from sra_jax.evaluation.images import ImageSet, npz_names, read_npz
 from sra_jax.evaluation.reference import reference_images, refuse_inception_statistics, stored_metadata
-from sra_jax.sampling.generation import Generator
+from sra_jax.sampling.generation import Asked, Generator
 
 FOLDER = "evaluation"
 CHUNK = 1000
@@ -57,7 +57,7 @@ def open_reference(
 
 
 def extractor_for(
-    name: str, weights: str | None, reference: str | ImageSet | None
+    name: str, weights: str | None, reference: str | ImageSet | None, resize: str = "tf1"
 ) -> tuple[Extractor, str | ImageSet | None]:
     """The extractor of that name; a classifier is trained on the reference's images, or is the one that made it.
 
@@ -66,7 +66,9 @@ def extractor_for(
       where they had to be read for the classifier.
     """
     if name != "classifier" or reference is None:
-        return build_extractor(name, weights=weights), reference
+        return build_extractor(name, weights=weights, resize=resize), reference
+    if resize != "tf1":
+        build_extractor(name, resize=resize)  # refuses it
     stored = stored_metadata(reference)
     if stored is not None:
         extractor = build_extractor(name, weights=weights, identity=stored.extractor)
@@ -99,7 +101,7 @@ class Samples:
     generator: Generator
     params: dict[str, Any]
     count: int
-    labels: str | Sequence[int]
+    labels: Asked
     extractor: Extractor
     folder: Path | None
     keep_images: bool = False

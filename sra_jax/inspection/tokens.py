@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 from sra_jax import config as config_lib
 from sra_jax import files, values
-from sra_jax.data.dataset import Dataset, ExampleSource
+from sra_jax.data.dataset import Dataset, ExampleSource, told
+from sra_jax.diffusion.guidance import without
 from sra_jax.diffusion.process import Process
 from sra_jax.distributed import sharding
 from sra_jax.errors import UserError
@@ -116,13 +117,13 @@ def times(process: Process, levels: Sequence[float]) -> jax.Array:
 
 
 def make_extractor(
-    model: TrainedModel, encode: Callable[..., jax.Array], settings: Settings, pool: bool
+    model: TrainedModel, dataset: Dataset, settings: Settings, pool: bool
 ) -> Callable[[Params, Mapping[str, jax.Array], jax.Array], tuple[jax.Array, jax.Array]]:
     """The pure function `extract(params, batch, indices) -> (x_t, features)`, to be jitted.
 
     Args:
       model: the trained model.
-      encode: the dataset's.
+      dataset: gives `encode` and the empty caption.
       settings: which features.
       pool: average over tokens.
 
@@ -130,20 +131,20 @@ def make_extractor(
       A function of the parameters, a batch of examples and their numbers (B,), which seed their noise. It returns the
       noisy latents (B,L,H,W,C) and the features (B,L,K,N,D), or (B,L,K,D) with `pool`, for L levels and K blocks.
     """
-    process = config_lib.process_of(model.config)
-    null, networks = model.config.data.num_classes, model.networks
+    process, networks = config_lib.process_of(model.config), model.networks
+    null = model.config.data.num_classes if dataset.null is None else dataset.null
 
     def extract(params: Params, batch: Mapping[str, jax.Array], indices: jax.Array) -> tuple[jax.Array, jax.Array]:
         key = jax.random.key(settings.seed)
-        x0 = encode(batch, jax.random.fold_in(key, indices[0]))
+        x0 = dataset.encode(batch, jax.random.fold_in(key, indices[0]))
         noise = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), x0.shape[1:]))(indices)
-        labels = batch["label"] if settings.condition == "true" else jnp.full_like(batch["label"], null)
+        y = told(batch) if settings.condition == "true" else without(told(batch), null)
         network = networks.model(params)
 
         def at(time: jax.Array) -> tuple[jax.Array, jax.Array]:
             t = jnp.full(len(x0), time)
             x_t = process.perturb(x0, noise, t)
-            _, tokens = network(x_t, t, labels, taps=settings.blocks, stop=settings.blocks[-1])
+            _, tokens = network(x_t, t, y, taps=settings.blocks, stop=settings.blocks[-1])
             return x_t, jnp.stack([x.mean(axis=1) if pool else x for x in tokens], axis=1)
 
         x_t, features = jax.lax.map(at, times(process, settings.levels))
@@ -250,7 +251,7 @@ def _fill(
         rows = _rows_per_shard(folder)  # the shards there may be of another batch size
     else:
         _write(folder / "manifest.json", lambda file: file.write(json.dumps(plan, indent=2).encode()))
-    extract = jax.jit(make_extractor(model, dataset.encode, settings, pool=True))
+    extract = jax.jit(make_extractor(model, dataset, settings, pool=True))
     with tqdm(total=len(indices), desc=name, unit="example", dynamic_ncols=True, leave=False) as bar:
         for shard, first in enumerate(range(0, len(indices), rows)):
             part = indices[first : first + rows]

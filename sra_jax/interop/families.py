@@ -8,24 +8,40 @@ Families with the same backbone and tensor names:
                   which the last C are not used
     self_flow     Self-Flow as it was released: the original SiT's time and channels, patches as vectors (channel, row,
                   column), the head under the name `projector`
+
+and with names of its own:
+
+    mmdit         text to image as REPA trains it, with or without SRA's head: t = 0 is data, the prediction is the
+                  velocity
 """
 
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from sra_jax.errors import UserError
-from sra_jax.interop.pytorch import LABEL_TABLE, POSITION_TABLE, SRA_HEAD, expected_shapes, has_head
+from sra_jax.interop import mmdit
+from sra_jax.interop.pytorch import (
+    LABEL_TABLE,
+    POSITION_TABLE,
+    SRA_HEAD,
+    expected_shapes,
+    has_head,
+    leaf_from_pytorch,
+    leaves,
+)
 from sra_jax.interop.tensor_files import Shapes, TensorFile
 from sra_jax.methods.registry import METHODS
+from sra_jax.models.flops import Shape
+from sra_jax.models.mmdit import MMDiTConfig
 from sra_jax.models.transformer import TIME_FREQUENCIES, TransformerConfig, position_table
 from sra_jax.values import INTEGER
 
-FAMILIES = ("sit", "dit", "sit_original", "self_flow")
+FAMILIES = ("sit", "dit", "sit_original", "self_flow", "mmdit")
 REVERSED = ("sit_original", "self_flow")
 """Those whose time runs from noise to data."""
 
@@ -35,6 +51,9 @@ DROPPED = ("projectors.",)
 
 POSITION_TOLERANCE = 1e-2
 """The table is a constant; averaging it with itself in float32 for 10^5 steps moves an EMA's copy by up to 1e-3."""
+
+REPA_HEAD_WIDTH, REPA_CONTEXT_LENGTH = 32, 77
+"""Of REPA's MMDiT, whatever its size."""
 
 ORIGINAL_PATHS = {"Linear": "linear", "GVP": "cosine"}
 """What the original SiT calls the paths; SRA and REPA write them as this project does."""
@@ -66,7 +85,7 @@ class Contents:
 
     family: str
     reason: str
-    network: TransformerConfig
+    network: Shape
     head: bool
     dropped: tuple[str, ...]
     classes: str
@@ -75,6 +94,21 @@ class Contents:
     def in_file(self, name: str) -> str:
         """The name in the file of a tensor that is known here as SRA's authors call it."""
         return name.replace(f"{SRA_HEAD}.", f"{METHODS[self.method].foreign_head}.", 1) if self.head else name
+
+    def leaves(self) -> Iterator[tuple[str, list[str]]]:
+        """Every leaf of the parameter tree: its path, and the tensors that it is made of, by SRA's authors' names."""
+        if isinstance(self.network, MMDiTConfig):
+            return mmdit.leaves(self.network.depth, mmdit.parts(self.network, self.head))
+        return leaves(self.network.depth, self.head)
+
+    def leaf(self, path: str, names: Sequence[str], tensors: Iterable[np.ndarray]) -> np.ndarray:
+        """The leaf at `path`, in our layout, time and velocity, of the tensors of these names."""
+        network = self.network
+        if isinstance(network, MMDiTConfig):
+            return mmdit.leaf_from_pytorch(path, tensors, network.heads)
+        if self.family in REVERSED:
+            tensors = (from_original_sit(name, t, network) for name, t in zip(names, tensors, strict=True))
+        return leaf_from_pytorch(path, tensors, network.depth, network.heads)
 
 
 def describe(
@@ -98,6 +132,8 @@ def describe(
     """
     dropped = tuple(name for name in file.shapes if name.startswith(DROPPED))
     shapes = {name: shape for name, shape in file.shapes.items() if name not in dropped}
+    if family == "mmdit" or any(name.startswith(mmdit.BLOCKS) for name in shapes):
+        return _describe_mmdit(file, shapes, family, heads, method, dropped)
     method = _method(file, shapes, method)
     foreign = METHODS[method].foreign_head
     shapes = {name.replace(f"{foreign}.", f"{SRA_HEAD}.", 1): shape for name, shape in shapes.items()}
@@ -116,7 +152,7 @@ def describe(
     else:
         family, reason = _family(file, shapes, network, family)
     head = has_head(shapes)
-    _compare(file, shapes, expected_shapes(network, head))
+    _compare(file, shapes, expected_shapes(network, head), "DiT or SiT")
     depth, width = network.depth, network.width
     if heads is None:
         known = [size["heads"] for size in sizes.values() if (size["depth"], size["width"]) == (depth, width)]
@@ -126,9 +162,41 @@ def describe(
                 "attention heads cannot be read from tensors: give --heads"
             )
         heads = known[0]
+    _check_heads(file, width, heads)
+    return Contents(family, reason, dataclasses.replace(network, heads=heads), head, dropped, classes, method)
+
+
+def _check_heads(file: TensorFile, width: int, heads: int) -> None:
     if heads < 1 or width % heads:
         raise UserError(f"--heads={heads} does not divide the width {width} of {file.path}")
-    return Contents(family, reason, dataclasses.replace(network, heads=heads), head, dropped, classes, method)
+
+
+def _describe_mmdit(
+    file: TensorFile, shapes: Shapes, family: str, heads: int | None, method: str, dropped: tuple[str, ...]
+) -> Contents:
+    """As `describe`, of a text-to-image model. A caption's tokens are not told by tensors; REPA's are 77."""
+    kind, first = "MMDiT", f"{mmdit.BLOCKS}0.x_block.mlp.fc1.weight"
+    if family not in ("auto", "mmdit"):
+        raise UserError(f"--family={family} does not fit {file.path}: its joint_blocks are those of an MMDiT")
+    if method not in ("auto", "sra"):
+        raise UserError(f"--method={method} does not fit {file.path}: a file of an MMDiT has SRA's head or none")
+    width, channels, patch, _ = _shape(file, shapes, PATCH_EMBEDDING, 4, kind)
+    if heads is None:  # REPA's class gives each head 32 channels
+        heads = max(1, width // REPA_HEAD_WIDTH)
+    _check_heads(file, width, heads)
+    network = MMDiTConfig(
+        input_size=_grid(file, shapes, kind) * patch, channels=channels, patch=patch,
+        output_channels=_shape(file, shapes, "final_layer.linear.weight", 2, kind)[0] // patch**2,
+        depth=_depth(file, shapes, mmdit.BLOCKS), width=width, heads=heads,
+        context_width=_shape(file, shapes, "context_embedder.weight", 2, kind)[1], context_length=REPA_CONTEXT_LENGTH,
+        mlp_ratio=_shape(file, shapes, first, 2, kind)[0] / width, pooled="y_embedder" in mmdit.parts_of(shapes),
+    )  # fmt: skip
+    if network.depth < 2:
+        raise UserError(f"{file.path} has one block; an MMDiT has at least two, for its last one is a special one")
+    _check_prediction(file)
+    head = has_head(shapes)
+    _compare(file, shapes, mmdit.expected_shapes(network, head), kind)
+    return Contents("mmdit", "its joint_blocks", network, head, dropped, "told captions")
 
 
 def _method(file: TensorFile, shapes: Shapes, asked: str) -> str:
@@ -163,33 +231,48 @@ def _network(file: TensorFile, shapes: Shapes, asked_classes: int | None) -> tup
             "frequencies than DiT and SiT: give the authors' own file, such as DiT-XL-2-256x256.pt"
         )
 
-    def shape(name: str, axes: int) -> tuple[int, ...]:
-        if name not in shapes:
-            close = difflib.get_close_matches(name, shapes, n=1)
-            there = f"; there is {close[0]}" if close else f"; it holds {', '.join(list(shapes)[:NAMED])}"
-            raise UserError(f"{file.path} has no tensor {name}, so it is not a DiT or SiT{there}")
-        if len(shapes[name]) != axes:
-            raise UserError(f"{file.path}: tensor {name} has shape {shapes[name]} instead of {axes} axes")
-        return shapes[name]
-
-    width, channels, patch, _ = shape("x_embedder.proj.weight", 4)
-    tokens = shape(POSITION_TABLE, 3)[1]
-    grid = math.isqrt(tokens)
-    if grid**2 != tokens:
-        raise UserError(f"{file.path}: tensor {POSITION_TABLE} has {tokens} tokens, not a square number")
-    numbers = [name.split(".")[1] for name in shapes if name.startswith("blocks.")]
-    depth = 1 + max((int(number) for number in numbers if INTEGER.fullmatch(number)), default=0)
-    if depth > len(shapes):
-        raise UserError(f"{file.path} names a block {depth - 1} and has {len(shapes)} tensors: it is not whole")
-    outputs = shape("final_layer.linear.weight", 2)[0]
-    classes, null_label, reason = _classes(file, shape(LABEL_TABLE[0], 2)[0], asked_classes)
+    kind = "DiT or SiT"
+    width, channels, patch, _ = _shape(file, shapes, PATCH_EMBEDDING, 4, kind)
+    grid, depth = _grid(file, shapes, kind), _depth(file, shapes, "blocks.")
+    outputs = _shape(file, shapes, "final_layer.linear.weight", 2, kind)[0]
+    rows = _shape(file, shapes, LABEL_TABLE[0], 2, kind)[0]
+    classes, null_label, reason = _classes(file, rows, asked_classes)
     network = TransformerConfig(
         input_size=grid * patch, channels=channels, output_channels=outputs // patch**2,
         num_classes=classes, null_label=null_label, patch=patch,
         depth=depth, width=width, heads=1,
-        mlp_ratio=shape("blocks.0.mlp.fc1.weight", 2)[0] / width,
+        mlp_ratio=_shape(file, shapes, "blocks.0.mlp.fc1.weight", 2, kind)[0] / width,
     )  # fmt: skip
     return network, reason
+
+
+def _shape(file: TensorFile, shapes: Shapes, name: str, axes: int, kind: str) -> tuple[int, ...]:
+    """Of a tensor that tells a size; raises a `UserError` where it is not there or has another number of axes."""
+    if name not in shapes:
+        close = difflib.get_close_matches(name, shapes, n=1)
+        there = f"; there is {close[0]}" if close else f"; it holds {', '.join(list(shapes)[:NAMED])}"
+        raise UserError(f"{file.path} has no tensor {name}, so it is no {kind}{there}")
+    if len(shapes[name]) != axes:
+        raise UserError(f"{file.path}: tensor {name} has shape {shapes[name]} instead of {axes} axes")
+    return shapes[name]
+
+
+def _grid(file: TensorFile, shapes: Shapes, kind: str) -> int:
+    """Side of the position table, in tokens."""
+    tokens = _shape(file, shapes, POSITION_TABLE, 3, kind)[1]
+    grid = math.isqrt(tokens)
+    if grid**2 != tokens:
+        raise UserError(f"{file.path}: tensor {POSITION_TABLE} has {tokens} tokens, not a square number")
+    return grid
+
+
+def _depth(file: TensorFile, shapes: Shapes, prefix: str) -> int:
+    """Number of blocks that names with this prefix speak of."""
+    numbers = [name.removeprefix(prefix).split(".")[0] for name in shapes if name.startswith(prefix)]
+    depth = 1 + max((int(number) for number in numbers if INTEGER.fullmatch(number)), default=0)
+    if depth > len(shapes):
+        raise UserError(f"{file.path} names a block {depth - 1} and has {len(shapes)} tensors: it is not whole")
+    return depth
 
 
 def _classes(file: TensorFile, rows: int, asked: int | None) -> tuple[int, bool, str]:
@@ -265,7 +348,7 @@ def _family(file: TensorFile, shapes: Shapes, network: TransformerConfig, asked:
     )
 
 
-def _compare(file: TensorFile, found: Shapes, expected: Shapes) -> None:
+def _compare(file: TensorFile, found: Shapes, expected: Shapes, kind: str) -> None:
     """Raises `UserError` naming the tensors that are missing, extra or misshapen."""
     problems = {
         "missing": [name for name in expected if name not in found],
@@ -282,10 +365,10 @@ def _compare(file: TensorFile, found: Shapes, expected: Shapes) -> None:
         if names
     ]
     if lines:
-        raise UserError(f"{file.path} is not a whole DiT or SiT. Tensors\n  " + "\n  ".join(lines))
+        raise UserError(f"{file.path} is not a whole {kind}. Tensors\n  " + "\n  ".join(lines))
 
 
-def check_positions(file: TensorFile, network: TransformerConfig) -> None:
+def check_positions(file: TensorFile, network: Shape) -> None:
     """Raises `UserError` where the position table is not the sin-cos table, the only one that the model knows."""
     expected = position_table(network.width, network.input_size // network.patch)[None]
     for group in file.groups:
@@ -293,8 +376,8 @@ def check_positions(file: TensorFile, network: TransformerConfig) -> None:
             (found,) = file.read(group, [POSITION_TABLE])
             if not np.abs(found - expected).max() <= POSITION_TOLERANCE:
                 raise UserError(
-                    f"{file.path}: tensor {POSITION_TABLE} of {group} is not the fixed 2-D sin-cos table of DiT and "
-                    "SiT; models with other positions are not supported"
+                    f"{file.path}: tensor {POSITION_TABLE} of {group} is not the fixed 2-D sin-cos table of DiT, SiT "
+                    "and MMDiT; models with other positions are not supported"
                 )
 
 

@@ -3,7 +3,7 @@
 Layouts are those of `sra_jax.interop.pytorch`. The last block's text side (`context_block`) has no output there either.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,9 @@ LINEARS = {
     "ap_head.linear1": "head/hidden",
     "ap_head.linear2": "head/out",
 }
+BLOCKS = "joint_blocks."
+"""How names of blocks begin."""
+
 STREAMS = {"context_block": "text", "x_block": "image"}
 STREAM_LINEARS = pytorch.BLOCK_LINEARS
 ENTRANCE_LINEARS = ("attn.qkv", "adaLN_modulation.1")
@@ -62,8 +65,27 @@ def layers(depth: int, parts: frozenset[str]) -> Iterator[tuple[str, list[str]]]
                 yield f"model/last_block/{ours}/{path}", [f"joint_blocks.{depth - 1}.{stream}.{theirs}"]
 
 
+def parts(network: MMDiTConfig, head: bool) -> frozenset[str]:
+    """Those of `OPTIONAL` that a network has, with or without SRA's head."""
+    return frozenset(part for part, there in (("y_embedder", network.pooled), ("ap_head", head)) if there)
+
+
 def _is_stacked(path: str) -> bool:
     return path.startswith(("model/blocks/", "model/last_block/"))
+
+
+def leaves(depth: int, parts: frozenset[str]) -> Iterator[tuple[str, list[str]]]:
+    """Every leaf of a parameter tree: its path, and the tensors that it is made of, one a block where it is stacked."""
+    for path, names in layers(depth, parts):
+        for kind, ours in (("weight", "kernel"), ("bias", "bias")):
+            yield f"{path}/{ours}", [f"{name}.{kind}" for name in names]
+
+
+def leaf_from_pytorch(path: str, tensors: Iterable[np.ndarray], heads: int) -> np.ndarray:
+    """The leaf at `path`, in our layout, of the tensors that `leaves` names for it."""
+    parent, _, ours = path.rpartition("/")
+    found = [to_ours(parent, "weight" if ours == "kernel" else "bias", tensor, heads) for tensor in tensors]
+    return np.stack(found) if _is_stacked(path) else found[0]
 
 
 def params_from_pytorch(tensors: Mapping[str, np.ndarray], heads: int) -> Tree:
@@ -78,10 +100,8 @@ def params_from_pytorch(tensors: Mapping[str, np.ndarray], heads: int) -> Tree:
       KeyError: a tensor is missing.
     """
     tree: Tree = {}
-    for path, names in layers(depth_of(tensors), parts_of(tensors)):
-        for kind, ours in (("weight", "kernel"), ("bias", "bias")):
-            found = [to_ours(path, kind, tensors[f"{name}.{kind}"], heads) for name in names]
-            insert(tree, f"{path}/{ours}", np.stack(found) if _is_stacked(path) else found[0])
+    for path, names in leaves(depth_of(tensors), parts_of(tensors)):
+        insert(tree, path, leaf_from_pytorch(path, (tensors[name] for name in names), heads))
     return tree
 
 
@@ -94,10 +114,10 @@ def pytorch_from_params(params: Mapping[str, Any], channels: int, grid: int) -> 
       grid: side of the position table, in tokens.
     """
     depth = 1 + len(walk(params, "model/blocks/image/modulation/bias"))
-    parts = {"y_embedder": "pooled_embedding" in params["model"], "ap_head": "head" in params}
+    there = {"y_embedder": "pooled_embedding" in params["model"], "ap_head": "head" in params}
     width = walk(params, "model/patch_embedding/kernel").shape[1]
     tensors = {POSITION_TABLE: position_table(width, grid)[None]}
-    for path, names in layers(depth, frozenset(part for part, there in parts.items() if there)):
+    for path, names in layers(depth, frozenset(part for part, has in there.items() if has)):
         for kind, ours in (("weight", "kernel"), ("bias", "bias")):
             array = np.asarray(walk(params, f"{path}/{ours}"))
             for name, layer in zip(names, array if _is_stacked(path) else array[None], strict=True):
@@ -119,8 +139,7 @@ def expected_shapes(network: MMDiTConfig, head: bool) -> dict[str, tuple[int, ..
         "final_layer.linear": (outputs, width), "final_layer.adaLN_modulation.1": (2 * width, width),
     }  # fmt: skip
     shapes: dict[str, tuple[int, ...]] = {POSITION_TABLE: (1, network.tokens, width)}
-    parts = frozenset(part for part, there in (("y_embedder", network.pooled), ("ap_head", head)) if there)
-    for path, names in layers(network.depth, parts):
+    for path, names in layers(network.depth, parts(network, head)):
         for name in names:
             matrix = matrices[name.split("_block.", 1)[-1]]
             if path == "model/last_block/text/modulation":

@@ -28,6 +28,8 @@ from sra_jax.errors import UserError
 from sra_jax.methods.correction import Correction, LatentMeans
 from sra_jax.methods.groups import position_times
 from sra_jax.methods.method import Draws, Method, Seen, Term, check_choice, check_weight
+from sra_jax.models.flops import Shape
+from sra_jax.models.mmdit import MMDiTConfig
 from sra_jax.models.transformer import TransformerConfig
 
 
@@ -69,19 +71,19 @@ class DeltaFM(Method):
     name: ClassVar[str] = "delta_fm"
     processes: ClassVar[tuple[str, ...]] = ("interpolant",)
 
-    def draw(self, key: jax.Array, given: Draws, process: Process, shape: TransformerConfig) -> dict[str, jax.Array]:
+    def draw(self, key: jax.Array, given: Draws, process: Process, shape: Shape) -> dict[str, jax.Array]:
         """negative (B,H,W,C), the velocity of each row's negative; anchor (B,), weights of the mean over anchors."""
-        y = given["y"]
+        y, count = given["y"], given["x0"].shape[0]
         if self.negatives == "any":  # uniform, with replacement
-            drawn = jax.random.randint(key, y.shape, 0, y.shape[0] - 1, jnp.int32)
-            return self.contrasted(given, other_rows(drawn), jnp.ones(y.shape, bool), process, shape)
+            drawn = jax.random.randint(key, (count,), 0, count - 1, jnp.int32)
+            return self.contrasted(given, other_rows(drawn), jnp.ones(count, bool), process, shape)
         return self.contrasted(given, *rows_of_other_labels(key, y), process, shape)
 
     def contrasted(
-        self, given: Draws, chosen: jax.Array, found: jax.Array, process: Process, shape: TransformerConfig
+        self, given: Draws, chosen: jax.Array, found: jax.Array, process: Process, shape: Shape
     ) -> dict[str, jax.Array]:
         """What `draw` returns, of the row of each one's negative (B,) int and whether it has one (B,) bool."""
-        anchors = found & (given["y"] != shape.num_classes) if self.drop_null else found
+        anchors = found & (given["y"] != cast(TransformerConfig, shape).num_classes) if self.drop_null else found
         times = position_times(given["t"], given.get("groups"), shape)
         flow = cast(Flow, process)  # `processes` names flows only
         return {"negative": flow.target(given["x0"], given["e"], times)[chosen], "anchor": anchor_weights(anchors)}
@@ -121,9 +123,14 @@ class DeltaFM(Method):
             weight[:num_classes] *= own.ravel() < 1  # a single class has no negatives
         return Correction(weight, cast(Flow, process).mean_rate() * mean)
 
-    def check(self, shape: TransformerConfig, batch_size: int, microbatch: int) -> None:
-        del shape, microbatch
+    def check(self, shape: Shape, batch_size: int, microbatch: int) -> None:
+        del microbatch
         check_weight(f"{self.key}.weight", self.weight)
+        if isinstance(shape, MMDiTConfig):
+            raise UserError(
+                f"method.name: {self.name} moves the velocity, which samplers take back by the means of classes, and "
+                "captions (model.name=mmdit) have none; take another method"
+            )
         if self.weight >= 1:
             raise UserError(f"{self.key}.weight={self.weight}: from 1 on the loss has no minimum; the authors use 0.05")
         check_choice(f"{self.key}.negatives", self.negatives, ("any", "other_label"))

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from sra_jax.errors import UserError
 from sra_jax.methods.method import Method, Seen, Term, check_block, check_weight
-from sra_jax.models.transformer import TransformerConfig
+from sra_jax.models.flops import Shape
 
 
 def dispersion(z: jax.Array, group: int, temperature: float) -> jax.Array:
@@ -69,7 +69,7 @@ class Dispersive(Method):
         group = min(self.group, h.shape[0])
         return Term(dispersion(h, group, self.temperature).mean(), h)
 
-    def check(self, shape: TransformerConfig, batch_size: int, microbatch: int) -> None:
+    def check(self, shape: Shape, batch_size: int, microbatch: int) -> None:
         check_block(f"{self.key}.block", self.block, shape.depth, "the paper takes a quarter of the depth")
         check_weight(f"{self.key}.weight", self.weight)
         if not 0 < self.temperature < float("inf"):

@@ -35,7 +35,7 @@ from sra_jax.methods.method import (
     check_weight,
     teacher_interval,
 )
-from sra_jax.models.transformer import TransformerConfig
+from sra_jax.models.flops import Shape
 
 HEAD = "dts_as_head"
 TEACHER_TIMES = ("sra", "self_flow", "same")
@@ -100,7 +100,7 @@ class DualTimes(Method):
     def groups(self) -> int:
         return len(shares(self.ratios))
 
-    def teacher_groups(self, shape: TransformerConfig) -> int | tuple[int, ...]:
+    def teacher_groups(self, shape: Shape) -> int | tuple[int, ...]:
         if not self.teacher_mask:
             return 1
         return (self.sizes(shape) if self.separates else None) or self.groups
@@ -109,17 +109,17 @@ class DualTimes(Method):
     def separates(self) -> bool:
         return self.separate and self.groups > 1
 
-    def sizes(self, shape: TransformerConfig) -> tuple[int, ...] | None:
+    def sizes(self, shape: Shape) -> tuple[int, ...] | None:
         """Not known where examples are left whole."""
         return None if self.whole_share else tuple(counts(self.ratios, shape.tokens).tolist())
 
-    def heads(self, shape: TransformerConfig) -> Mapping[str, Callable[[nnx.Rngs], nnx.Module]]:
+    def heads(self, shape: Shape) -> Mapping[str, Callable[[nnx.Rngs], nnx.Module]]:
         return {HEAD: lambda rngs: Head(shape, rngs=rngs)}
 
-    def head_flops(self, shape: TransformerConfig) -> float:
+    def head_flops(self, shape: Shape) -> float:
         return head_flops(shape)
 
-    def draw(self, key: jax.Array, given: Draws, process: Process, shape: TransformerConfig) -> dict[str, jax.Array]:
+    def draw(self, key: jax.Array, given: Draws, process: Process, shape: Shape) -> dict[str, jax.Array]:
         """t (B,G) and groups (B,N), or t (B,) with one group; s, the teacher's times, (B,G) or (B,); true labels."""
         time_key, order_key, whole_key, offset_key = jax.random.split(key, 4)
         first = given["t"]
@@ -154,7 +154,7 @@ class DualTimes(Method):
         of_token = random_groups(order, counts(self.ratios, order.shape[1]))
         return {"t": t, "groups": jnp.where(whole[:, None] < self.whole_share, self.groups - 1, of_token), "s": s}
 
-    def teacher_view(self, example: Draws, shape: TransformerConfig) -> View:
+    def teacher_view(self, example: Draws, shape: Shape) -> View:
         if example["s"].ndim == 1:
             return View(example["s"], example["label"])
         sizes = self.sizes(shape) if self.separates else None
@@ -165,7 +165,7 @@ class DualTimes(Method):
         projected = seen.head(HEAD, h)
         return Term(mean_distance(self.distance, projected, target, self.beta), h, projected, target)
 
-    def check(self, shape: TransformerConfig, batch_size: int, microbatch: int) -> None:
+    def check(self, shape: Shape, batch_size: int, microbatch: int) -> None:
         del batch_size, microbatch
         hint = "the authors use 3 and 8 for B/2, 8 and 20 for XL/2"
         check_pair(self.key, self.student_block, self.teacher_block, "teacher_block", shape.depth, hint)
@@ -176,7 +176,7 @@ class DualTimes(Method):
             raise UserError(f"{self.key}.beta={self.beta} must be above 0; the authors use 0.05")
         self._check_groups(shape)
 
-    def _check_groups(self, shape: TransformerConfig) -> None:
+    def _check_groups(self, shape: Shape) -> None:
         if not self.ratios:
             raise UserError(f"{self.key}.ratios is empty: shares of groups are numbers above 0, such as 0.25,0.75")
         for ratio in self.ratios:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sra_jax.models.transformer import TransformerConfig
+from sra_jax.models.flops import Shape
 
 
 def token_times(t: jax.Array, groups: jax.Array) -> jax.Array:
@@ -12,7 +12,7 @@ def token_times(t: jax.Array, groups: jax.Array) -> jax.Array:
     return jnp.take_along_axis(t, groups, axis=1)
 
 
-def position_times(t: jax.Array, groups: jax.Array | None, shape: TransformerConfig) -> jax.Array:
+def position_times(t: jax.Array, groups: jax.Array | None, shape: Shape) -> jax.Array:
     """The time of each position of the latents (B,H,W); without groups the times (B,) as they are."""
     if groups is None:
         return t

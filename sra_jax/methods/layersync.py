@@ -13,7 +13,7 @@ from typing import ClassVar
 from sra_jax.errors import UserError
 from sra_jax.methods.distances import mean_distance
 from sra_jax.methods.method import Method, Seen, Term, check_pair, check_weight
-from sra_jax.models.transformer import TransformerConfig
+from sra_jax.models.flops import Shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class LayerSync(Method):
         h, target = seen.student[self.student_block], seen.student[self.target_block]
         return Term(mean_distance("cosine", h, target), h, h, target)
 
-    def check(self, shape: TransformerConfig, batch_size: int, microbatch: int) -> None:
+    def check(self, shape: Shape, batch_size: int, microbatch: int) -> None:
         del batch_size, microbatch
         hint = "the authors use 8 and 18 for L/2, 8 and 16 for XL/2"
         check_pair(self.key, self.student_block, self.target_block, "target_block", shape.depth, hint)

@@ -18,7 +18,7 @@ from sra_jax import values
 from sra_jax.diffusion.process import Process
 from sra_jax.errors import UserError
 from sra_jax.methods.correction import Correction, LatentMeans
-from sra_jax.models.transformer import TransformerConfig
+from sra_jax.models.flops import Shape
 
 Draws = Mapping[str, jax.Array]
 """Arrays of a batch by name, their leading axis the examples:
@@ -72,7 +72,7 @@ class Seen:
     prediction: jax.Array
     position_times: jax.Array
     process: Process
-    shape: TransformerConfig
+    shape: Shape
     head: Callable[[str, jax.Array], jax.Array]
 
     @property
@@ -147,7 +147,7 @@ class Method:
         """Times of an example of the student."""
         return 1
 
-    def teacher_groups(self, shape: TransformerConfig) -> int | tuple[int, ...]:
+    def teacher_groups(self, shape: Shape) -> int | tuple[int, ...]:
         """Times of an example of the teacher; or the sizes of its groups, where tokens attend within their own."""
         del shape
         return 1
@@ -167,7 +167,7 @@ class Method:
         del stable_diffusion
         return None
 
-    def sizes(self, shape: TransformerConfig) -> tuple[int, ...] | None:
+    def sizes(self, shape: Shape) -> tuple[int, ...] | None:
         """Where it separates: the tokens of each group, if every example has the same numbers."""
         del shape
         return None
@@ -202,17 +202,17 @@ class Method:
         del batch_size
         return 1
 
-    def heads(self, shape: TransformerConfig) -> Mapping[str, Callable[[nnx.Rngs], nnx.Module]]:
+    def heads(self, shape: Shape) -> Mapping[str, Callable[[nnx.Rngs], nnx.Module]]:
         """Makers of its heads; their parameters lie in the tree of parameters under these names."""
         del shape
         return {}
 
-    def head_flops(self, shape: TransformerConfig) -> float:
+    def head_flops(self, shape: Shape) -> float:
         """Operations of the heads' forward pass for one example."""
         del shape
         return 0.0
 
-    def draw(self, key: jax.Array, given: Draws, process: Process, shape: TransformerConfig) -> dict[str, jax.Array]:
+    def draw(self, key: jax.Array, given: Draws, process: Process, shape: Shape) -> dict[str, jax.Array]:
         """What it draws, or replaces, for the whole global batch.
 
         Args:
@@ -224,7 +224,7 @@ class Method:
         del key, given, process, shape
         return {}
 
-    def teacher_view(self, example: Draws, shape: TransformerConfig) -> View:
+    def teacher_view(self, example: Draws, shape: Shape) -> View:
         """What the teacher is shown; asked only of a method with `teacher_taps`."""
         raise NotImplementedError
 
@@ -237,7 +237,7 @@ class Method:
         """Its loss of a microbatch."""
         raise NotImplementedError
 
-    def check(self, shape: TransformerConfig, batch_size: int, microbatch: int) -> None:
+    def check(self, shape: Shape, batch_size: int, microbatch: int) -> None:
         """Raises `UserError` where its keys cannot work.
 
         Args:

@@ -22,7 +22,8 @@ from sra_jax.methods.repa import REPA, ConvREPA
 from sra_jax.methods.self_flow import SelfFlow
 from sra_jax.methods.sra import Alignment
 from sra_jax.methods.sra2 import SRA2
-from sra_jax.models.transformer import TransformerConfig
+from sra_jax.models.flops import Shape
+from sra_jax.models.mmdit import MMDiTConfig
 
 NONE = "none"
 """The name of the baseline: the denoising loss alone."""
@@ -100,7 +101,7 @@ class Methods:
         """Whether the student's tokens attend within their group only."""
         return any(part.separates for part in self.parts)
 
-    def sizes(self, shape: TransformerConfig) -> tuple[int, ...] | None:
+    def sizes(self, shape: Shape) -> tuple[int, ...] | None:
         """Where the student's tokens attend within groups: the sizes of these, if every example has the same."""
         return next((part.sizes(shape) for part in self.parts if part.separates), None)
 
@@ -118,15 +119,15 @@ class Methods:
         """The one whose shift of the velocity is taken back while sampling."""
         return next((part for part in self.parts if part.latent_means), None)
 
-    def heads(self, shape: TransformerConfig) -> dict[str, Callable[[nnx.Rngs], nnx.Module]]:
+    def heads(self, shape: Shape) -> dict[str, Callable[[nnx.Rngs], nnx.Module]]:
         """Makers of all heads, by the names of their parameters."""
         return {name: make for part in self.parts for name, make in part.heads(shape).items()}
 
-    def head_flops(self, shape: TransformerConfig) -> float:
+    def head_flops(self, shape: Shape) -> float:
         """Operations of all heads' forward pass for one example."""
         return sum(part.head_flops(shape) for part in self.parts)
 
-    def draw(self, key: jax.Array, given: Draws, process: Process, shape: TransformerConfig) -> dict[str, jax.Array]:
+    def draw(self, key: jax.Array, given: Draws, process: Process, shape: Shape) -> dict[str, jax.Array]:
         """What all of them draw or replace, beside what is given. Each draws the same alone and in a sum."""
         drawn: dict[str, jax.Array] = {}
         for part in self.parts:
@@ -134,7 +135,7 @@ class Methods:
             drawn |= part.draw(own, {**given, **drawn}, process, shape)
         return drawn
 
-    def student_view(self, example: Draws, shape: TransformerConfig) -> View:
+    def student_view(self, example: Draws, shape: Shape) -> View:
         """What the student is shown."""
         return View(example["t"], example["y"], example.get("groups"), self.separates, self.sizes(shape))
 
@@ -142,7 +143,7 @@ class Methods:
         """The weight of each term at a step."""
         return {part.name: part.weight_at(step) for part in self.parts}
 
-    def check(self, process: str, shape: TransformerConfig, batch_size: int, microbatch: int) -> None:
+    def check(self, process: str, shape: Shape, batch_size: int, microbatch: int) -> None:
         """Raises `UserError` where one of them cannot work, or two not together.
 
         Args:
@@ -156,6 +157,11 @@ class Methods:
                 raise UserError(
                     f"method.name={self.name!r}: {part.name} is defined for process.name="
                     f"{' or '.join(map(repr, part.processes))} only, not for {process!r}; use a sit_* recipe"
+                )
+            if isinstance(shape, MMDiTConfig) and (part.groups > 1 or part.separates):
+                raise UserError(
+                    f"method.name={self.name!r}: {part.name} gives tokens of an image times of their own, and "
+                    "model.name=mmdit has one time an image; take another method, or a recipe with labels"
                 )
             part.check(shape, batch_size, microbatch)
         for one, other in itertools.combinations(self.parts, 2):
@@ -177,7 +183,7 @@ def build(name: str, keys: Mapping[str, Mapping[str, Any]]) -> Methods:
 
 
 def noisier_teachers(
-    methods: Methods, process: Process, shape: TransformerConfig, key: jax.Array, count: int = 256
+    methods: Methods, process: Process, shape: Shape, key: jax.Array, count: int = 256
 ) -> jax.Array:
     """Tokens whose teacher is noisier than their student, by signal-to-noise ratio: none, if all is right.
 

@@ -23,7 +23,8 @@ from sra_jax.errors import UserError
 from sra_jax.methods.distances import mean_distance
 from sra_jax.methods.heads import GridConvolution, Layers, grid_convolution_flops, layers_flops
 from sra_jax.methods.method import Draws, Method, Seen, Term, check_block, check_choice, check_weight
-from sra_jax.models.transformer import TransformerConfig, patchify
+from sra_jax.models.flops import Shape
+from sra_jax.models.transformer import patchify
 
 FEATURES = "features"
 """Name of the stored features in a batch."""
@@ -81,22 +82,22 @@ class REPA(Method):
     def _head_names(self) -> tuple[str, ...]:
         return tuple(f"{self.name}_head_{number}" for number in range(len(self.widths)))
 
-    def heads(self, shape: TransformerConfig) -> Mapping[str, Callable[[nnx.Rngs], nnx.Module]]:
+    def heads(self, shape: Shape) -> Mapping[str, Callable[[nnx.Rngs], nnx.Module]]:
         return {
             name: functools.partial(self._head, shape, width)
             for name, width in zip(self._head_names(), self.widths, strict=True)
         }
 
-    def _head(self, shape: TransformerConfig, width: int, rngs: nnx.Rngs) -> nnx.Module:
+    def _head(self, shape: Shape, width: int, rngs: nnx.Rngs) -> nnx.Module:
         return Layers(shape, self._layers(shape, width), rngs=rngs)
 
-    def head_flops(self, shape: TransformerConfig) -> float:
+    def head_flops(self, shape: Shape) -> float:
         return sum(layers_flops(shape, self._layers(shape, width)) for width in self.widths)
 
-    def _layers(self, shape: TransformerConfig, width: int) -> tuple[int, ...]:
+    def _layers(self, shape: Shape, width: int) -> tuple[int, ...]:
         return (shape.width, self.hidden, self.hidden, width)
 
-    def draw(self, key: jax.Array, given: Draws, process: Process, shape: TransformerConfig) -> dict[str, jax.Array]:
+    def draw(self, key: jax.Array, given: Draws, process: Process, shape: Shape) -> dict[str, jax.Array]:
         """features (B,N,Dz) float32: the stored ones, or the stand-in."""
         del key, process
         if FEATURES in given:
@@ -116,7 +117,7 @@ class REPA(Method):
         terms = [mean_distance("cosine", p, f) for p, f in zip(projected, targets, strict=True)]
         return Term(sum(terms[1:], terms[0]) / len(terms), h, projected[0], targets[0])
 
-    def check(self, shape: TransformerConfig, batch_size: int, microbatch: int) -> None:
+    def check(self, shape: Shape, batch_size: int, microbatch: int) -> None:
         del batch_size, microbatch
         hint = "the paper uses 4 for B, 8 for L and XL"
         check_block(f"{self.key}.student_block", self.student_block, shape.depth, hint)
@@ -151,12 +152,12 @@ class ConvREPA(REPA):
 
     name: ClassVar[str] = "repa_conv"
 
-    def _head(self, shape: TransformerConfig, width: int, rngs: nnx.Rngs) -> nnx.Module:
+    def _head(self, shape: Shape, width: int, rngs: nnx.Rngs) -> nnx.Module:
         if self.projection == "layers":
             return super()._head(shape, width, rngs)
         return GridConvolution(shape, width, self.kernel, rngs=rngs)
 
-    def head_flops(self, shape: TransformerConfig) -> float:
+    def head_flops(self, shape: Shape) -> float:
         if self.projection == "layers":
             return super().head_flops(shape)
         return sum(grid_convolution_flops(shape, width, self.kernel) for width in self.widths)
@@ -164,7 +165,7 @@ class ConvREPA(REPA):
     def targets(self, features: jax.Array) -> jax.Array:
         return spatially_normalised(features, self.alpha)
 
-    def check(self, shape: TransformerConfig, batch_size: int, microbatch: int) -> None:
+    def check(self, shape: Shape, batch_size: int, microbatch: int) -> None:
         super().check(shape, batch_size, microbatch)
         if self.kernel < 1 or self.kernel % 2 == 0:
             raise UserError(f"{self.key}.kernel={self.kernel} must be odd, from 1; the paper uses 3")

@@ -23,7 +23,7 @@ from sra_jax.errors import UserError
 from sra_jax.methods.distances import mean_distance
 from sra_jax.methods.heads import Head, head_flops
 from sra_jax.methods.method import Draws, Method, Seen, Term, View, check_pair, check_weight
-from sra_jax.models.transformer import TransformerConfig
+from sra_jax.models.flops import Shape
 
 HEAD = "self_flow_head"
 
@@ -62,13 +62,13 @@ class SelfFlow(Method):
     def groups(self) -> int:
         return 2
 
-    def heads(self, shape: TransformerConfig) -> Mapping[str, Callable[[nnx.Rngs], nnx.Module]]:
+    def heads(self, shape: Shape) -> Mapping[str, Callable[[nnx.Rngs], nnx.Module]]:
         return {HEAD: lambda rngs: Head(shape, rngs=rngs)}
 
-    def head_flops(self, shape: TransformerConfig) -> float:
+    def head_flops(self, shape: Shape) -> float:
         return head_flops(shape)
 
-    def draw(self, key: jax.Array, given: Draws, process: Process, shape: TransformerConfig) -> dict[str, jax.Array]:
+    def draw(self, key: jax.Array, given: Draws, process: Process, shape: Shape) -> dict[str, jax.Array]:
         """t (B,2): the times of the tokens outside of M and in M; groups (B,N): 1 in M; s (B,): the smaller time."""
         time_key, mask_key = jax.random.split(key)
         t = given["t"]
@@ -80,7 +80,7 @@ class SelfFlow(Method):
         masked = (uniform < self.share).astype(jnp.int32)
         return {"t": jnp.stack([t, second], axis=1), "groups": masked, "s": jnp.minimum(t, second)}
 
-    def teacher_view(self, example: Draws, shape: TransformerConfig) -> View:
+    def teacher_view(self, example: Draws, shape: Shape) -> View:
         del shape
         return View(example["s"], example["y"])
 
@@ -90,7 +90,7 @@ class SelfFlow(Method):
         projected = seen.head(HEAD, h)
         return Term(mean_distance("cosine", projected, target), h, projected, target)
 
-    def check(self, shape: TransformerConfig, batch_size: int, microbatch: int) -> None:
+    def check(self, shape: Shape, batch_size: int, microbatch: int) -> None:
         del batch_size, microbatch
         hint = "the paper uses 0.3 and 0.7 of the depth: 8 and 20 for XL/2"
         check_pair(self.key, self.student_block, self.teacher_block, "teacher_block", shape.depth, hint)

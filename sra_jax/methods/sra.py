@@ -29,7 +29,7 @@ from sra_jax.methods.method import (
     check_weight,
     teacher_interval,
 )
-from sra_jax.models.transformer import TransformerConfig
+from sra_jax.models.flops import Shape
 
 WEIGHT_SCHEDULES = ("constant", "decay")
 
@@ -98,18 +98,18 @@ class Alignment(Method):
     def teacher_taps(self) -> tuple[int, ...]:
         return (self.teacher_block,)
 
-    def heads(self, shape: TransformerConfig) -> Mapping[str, Callable[[nnx.Rngs], nnx.Module]]:
+    def heads(self, shape: Shape) -> Mapping[str, Callable[[nnx.Rngs], nnx.Module]]:
         return {"head": lambda rngs: Head(shape, rngs=rngs)} if self.head else {}
 
-    def head_flops(self, shape: TransformerConfig) -> float:
+    def head_flops(self, shape: Shape) -> float:
         return head_flops(shape) if self.head else 0.0
 
-    def draw(self, key: jax.Array, given: Draws, process: Process, shape: TransformerConfig) -> dict[str, jax.Array]:
+    def draw(self, key: jax.Array, given: Draws, process: Process, shape: Shape) -> dict[str, jax.Array]:
         """s (B,), the teacher's times: no noisier than t."""
         del shape
         return {"s": process.teacher_time(key, given["t"], self.interval)}
 
-    def teacher_view(self, example: Draws, shape: TransformerConfig) -> View:
+    def teacher_view(self, example: Draws, shape: Shape) -> View:
         del shape
         return View(example["s"], example["y"])  # the student's labels: the authors drop them once for both
 
@@ -127,7 +127,7 @@ class Alignment(Method):
         projected = seen.head("head", h) if self.head else h
         return Term(mean_distance(self.distance, projected, h_teacher, self.beta), h, projected, h_teacher)
 
-    def check(self, shape: TransformerConfig, batch_size: int, microbatch: int) -> None:
+    def check(self, shape: Shape, batch_size: int, microbatch: int) -> None:
         del batch_size, microbatch
         check_pair(
             "alignment", self.student_block, self.teacher_block, "teacher_block", shape.depth,

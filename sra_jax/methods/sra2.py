@@ -18,7 +18,8 @@ from sra_jax.errors import UserError
 from sra_jax.methods.distances import mean_distance
 from sra_jax.methods.heads import Layers, layers_flops
 from sra_jax.methods.method import Method, Seen, Term, check_block, check_choice, check_weight
-from sra_jax.models.transformer import TransformerConfig, patchify
+from sra_jax.models.flops import Shape
+from sra_jax.models.transformer import patchify
 
 HEAD = "sra2_head"
 STANDARDISE = ("none", "target", "both")
@@ -65,13 +66,13 @@ class SRA2(Method):
             f"seen to collapse: --config.{self.key}.standardise=target standardises them"
         )
 
-    def heads(self, shape: TransformerConfig) -> Mapping[str, Callable[[nnx.Rngs], nnx.Module]]:
+    def heads(self, shape: Shape) -> Mapping[str, Callable[[nnx.Rngs], nnx.Module]]:
         return {HEAD: lambda rngs: Layers(shape, self._widths(shape), rngs=rngs)}
 
-    def head_flops(self, shape: TransformerConfig) -> float:
+    def head_flops(self, shape: Shape) -> float:
         return layers_flops(shape, self._widths(shape))
 
-    def _widths(self, shape: TransformerConfig) -> tuple[int, ...]:
+    def _widths(self, shape: Shape) -> tuple[int, ...]:
         return (shape.width, *[self.hidden] * (LAYERS - 1), shape.patch**2 * shape.channels)
 
     def loss(self, seen: Seen) -> Term:
@@ -83,7 +84,7 @@ class SRA2(Method):
             predicted = standardised(predicted)
         return Term(mean_distance("smooth_l1", predicted, target, self.beta), h, predicted, target)
 
-    def check(self, shape: TransformerConfig, batch_size: int, microbatch: int) -> None:
+    def check(self, shape: Shape, batch_size: int, microbatch: int) -> None:
         del batch_size, microbatch
         hint = "the paper uses 2 for B, 8 for L and XL"
         check_block(f"{self.key}.student_block", self.student_block, shape.depth, hint)

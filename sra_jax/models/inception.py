@@ -245,6 +245,25 @@ class BlockE(nnx.Module):
         return nnx.relu(jnp.concatenate(branches, axis=-1))
 
 
+RESIZES = ("tf1", "pytorch")
+"""How images come to 299x299: as in ADM's suite, or as in pytorch-fid, to which published text-to-image FIDs refer."""
+
+
+def resized(images: jax.Array, resize: str) -> jax.Array:
+    """Images (N,H,W,3), 0..255, as the network takes them: (N,299,299,3) float32 in about [-1, 1].
+
+    tf1: TensorFlow 1's bilinear rule, then (x - 128) / 128. pytorch: bilinear between the centres of pixels without
+    smoothing, as `torch.nn.functional.interpolate` does, then 2 x / 255 - 1.
+    """
+    if resize == "tf1":
+        return (resize_bilinear_tf1(images, (INPUT_SIZE, INPUT_SIZE)) - 128) / 128
+    shape = (images.shape[0], INPUT_SIZE, INPUT_SIZE, images.shape[-1])
+    small = jax.image.resize(
+        images.astype(jnp.float32) / 255, shape, "bilinear", antialias=False, precision=jax.lax.Precision.HIGHEST
+    )
+    return 2 * small - 1
+
+
 class Inception(nnx.Module):
     """The whole network: uint8 images of any size -> `InceptionFeatures`.
 
@@ -271,9 +290,9 @@ class Inception(nnx.Module):
         self.mixed_7c = BlockE(2048, max_pool=True)
         self.fc = nnx.Linear(POOL_FEATURES, NUM_LOGITS, use_bias=False, precision=PRECISION, rngs=nnx.Rngs(0))
 
-    def __call__(self, images: jax.Array) -> InceptionFeatures:
-        """Features of images (N,H,W,3) with values 0..255, uint8 or float32."""
-        x = (resize_bilinear_tf1(images, (INPUT_SIZE, INPUT_SIZE)) - 128) / 128  # (N,299,299,3)
+    def __call__(self, images: jax.Array, resize: str = "tf1") -> InceptionFeatures:
+        """Features of images (N,H,W,3) with values 0..255, uint8 or float32; `resize` is one of `RESIZES`."""
+        x = resized(images, resize)  # (N,299,299,3)
         x = nnx.relu(self.conv2d_1a_3x3(x))  # (N,149,149,32)
         x = nnx.relu(self.conv2d_2a_3x3(x))  # (N,147,147,32)
         x = nnx.relu(_max_pool(self.conv2d_2b_3x3(x)))  # (N,73,73,64)

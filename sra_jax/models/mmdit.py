@@ -261,8 +261,8 @@ class MMDiT(nnx.Module):
         return nnx.silu(vector)
 
     def __call__(
-        self, x: jax.Array, t: jax.Array, y: Mapping[str, jax.Array], *, taps: Sequence[int] = (),
-        stop: int | None = None,
+        self, x: jax.Array, t: jax.Array, y: Mapping[str, jax.Array], *, groups: None = None, segments: None = None,
+        sizes: None = None, taps: Sequence[int] = (), stop: int | None = None,
     ) -> tuple[jax.Array | None, tuple[jax.Array, ...]]:
         """Predict, and return image tokens on the way.
 
@@ -271,12 +271,15 @@ class MMDiT(nnx.Module):
           t: times (B,), fed to the sinusoids unscaled.
           y: captions: "context" (B,L,context_width), their embeddings, and "end" (B,) int, the place of the end token,
             which is read where `config.pooled`.
+          groups, segments, sizes: None; only `Transformer` gives the tokens of an example times of their own.
           taps: block numbers 1..depth, ascending: return the image tokens after these blocks. Block counts start at 1.
           stop: run blocks 1..stop only, without the final layer; None runs all. Later blocks cost nothing.
 
         Returns:
           prediction (B,H,W,C_out) float32, or None with `stop`; one (B,N,D) float32 array a tap.
         """
+        if groups is not None or segments is not None or sizes is not None or t.ndim > 1:
+            raise ValueError(f"an MMDiT has one time an example, not t {t.shape} in groups")
         depth = self.config.depth
         last = depth if stop is None else stop
         if list(taps) != sorted(set(taps)) or any(not 1 <= tap <= last for tap in taps):

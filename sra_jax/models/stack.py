@@ -31,6 +31,9 @@ REMAT_POLICIES = {
 scores), and two numbers a token for each norm; each block's input only; the input of about sqrt(depth) segments of
 blocks only, which costs a third forward pass."""
 
+STACKS = ("blocks", "last_block")
+"""Names, in a network's tree of parameters, of what is run by `run_stack`."""
+
 Block = Callable[[Any, Any, Any], Any]
 
 

@@ -35,6 +35,8 @@ def without_data(config: ConfigDict) -> ConfigDict:
     config = config.copy_and_resolve_references()
     if not config.data.path and config.data.name != "digits":
         config.data.name = "synthetic"
+        if config_lib.tells_captions(config):
+            config.data.captions = "embeddings"  # as the step gets them in either form
     config.data.workers = 0
     return config
 

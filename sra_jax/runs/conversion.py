@@ -19,10 +19,13 @@ from ml_collections import ConfigDict
 from sra_jax import config as config_lib
 from sra_jax import files
 from sra_jax.errors import UserError
-from sra_jax.interop.families import REVERSED, Contents, from_original_sit, to_original_sit
-from sra_jax.interop.pytorch import SRA_HEAD, Tree, insert, leaf_from_pytorch, leaves, pytorch_from_params
+from sra_jax.interop import mmdit
+from sra_jax.interop.families import REVERSED, Contents, to_original_sit
+from sra_jax.interop.pytorch import SRA_HEAD, Tree, insert, pytorch_from_params
 from sra_jax.interop.tensor_files import TensorFile
 from sra_jax.methods.registry import METHODS
+from sra_jax.models.flops import Shape
+from sra_jax.models.mmdit import MMDiTConfig
 from sra_jax.models.transformer import TransformerConfig
 from sra_jax.runs import CHECKSUMS, CONFIG, TREES, checksums
 from sra_jax.runs.state import Networks, make_optimizer
@@ -40,13 +43,10 @@ def read_tree(file: TensorFile, group: str, contents: Contents) -> Tree:
 
     Tensors under the original SiT's time are changed to our time and velocity; their moments cannot be.
     """
-    network = contents.network
     tree: Tree = {}
-    for path, names in leaves(network.depth, contents.head):
+    for path, names in contents.leaves():
         tensors = _read_few(file, group, [contents.in_file(name) for name in names])
-        if contents.family in REVERSED:
-            tensors = (from_original_sit(name, t, network) for name, t in zip(names, tensors, strict=True))
-        insert(tree, path, jax.numpy.asarray(leaf_from_pytorch(path, tensors, network.depth, network.heads)))
+        insert(tree, path, jax.numpy.asarray(contents.leaf(path, names, tensors)))
         _return_memory()
     if contents.head:
         tree[METHODS[contents.method].own_head] = tree.pop("head")
@@ -68,6 +68,12 @@ def check_config(config: ConfigDict, contents: Contents) -> None:
             "it out"
         )
     wanted, found = config_lib.transformer_of(config), contents.network
+    if type(wanted) is not type(found):
+        fitting = "mmdit" if isinstance(found, MMDiTConfig) else "transformer"
+        raise UserError(
+            f"the config does not describe the file: model.name={config.model.name!r}, and the file's tensors are "
+            f"those of model.name={fitting!r}"
+        )
     outputs = found.channels if contents.family in REVERSED else found.output_channels
     heads, head = set(config_lib.methods_of(config).heads(wanted)), METHODS[contents.method].own_head
     pairs = {
@@ -75,11 +81,19 @@ def check_config(config: ConfigDict, contents: Contents) -> None:
         "model.heads": (wanted.heads, found.heads), "model.patch": (wanted.patch, found.patch),
         "model.mlp_ratio": (wanted.mlp_ratio, found.mlp_ratio),
         "data.image_size": (wanted.input_size, found.input_size), "data.channels": (wanted.channels, found.channels),
-        "data.num_classes": (wanted.num_classes, found.num_classes),
-        "model.null_label": (wanted.null_label, found.null_label),
         "output channels (process.name)": (wanted.output_channels, outputs),
         f"the head of {contents.method} (method.name)": (head in heads, contents.head),
     }  # fmt: skip
+    if isinstance(wanted, TransformerConfig) and isinstance(found, TransformerConfig):
+        pairs |= {
+            "data.num_classes": (wanted.num_classes, found.num_classes),
+            "model.null_label": (wanted.null_label, found.null_label),
+        }
+    if isinstance(wanted, MMDiTConfig) and isinstance(found, MMDiTConfig):
+        pairs |= {
+            "data.context_width": (wanted.context_width, found.context_width),
+            "model.pooled": (wanted.pooled, found.pooled),
+        }
     wrong = [f"{key}: {asked} in the config, {has} in the file" for key, (asked, has) in pairs.items() if asked != has]
     if wrong:
         raise UserError("the config does not describe the file:\n  " + "\n  ".join(wrong))
@@ -221,8 +235,8 @@ def export_checkpoint(
       weights: "ema", "params" or "both".
       output: .safetensors, a bare state dict of one of the two; or .pt, a dict with `ema` and/or `model`, and `steps`.
       purpose: one of `PURPOSES`; None writes all that was trained.
-      family: whose names, time and channels: "sit" or "dit" as the run's process has it, a name of `REVERSED`, or
-        "auto": self_flow where the run has its head, else sit or dit.
+      family: whose names, time and channels: "sit" or "dit" as the run's process has it, a name of `REVERSED`,
+        "mmdit" for a run with captions, or "auto": self_flow where the run has its head, else what fits.
       ema: which EMA, as `profiles.restore` takes it.
 
     Returns:
@@ -246,6 +260,13 @@ def export_checkpoint(
                 "--export_for=sampling"
             )
         network = config_lib.transformer_of(model.config)
+        if isinstance(network, MMDiTConfig):
+            if family not in ("auto", "mmdit"):
+                raise UserError(f"--family={family} does not fit the run at {workdir}, which is an MMDiT")
+            tensors = mmdit.pytorch_from_params(params, network.channels, network.input_size // network.patch)
+            groups["model" if tree == "params" else tree] = tensors
+            chosen = "mmdit"
+            continue
         own = "sit" if model.config.process.name == "interpolant" else "dit"
         chosen = ("self_flow" if theirs == SELF_FLOW_HEAD else own) if family == "auto" else family
         if chosen not in (own, *REVERSED) or (chosen in REVERSED and own == "dit"):
@@ -276,8 +297,10 @@ def _under_their_names(params: Tree, purpose: str | None) -> tuple[Tree, str]:
     return kept, SRA_HEAD
 
 
-def loads(network: TransformerConfig, head: bool, family: str) -> str:
+def loads(network: Shape, head: bool, family: str) -> str:
     """Which of the authors' classes take a state dict of this network, and how strictly."""
+    if family == "mmdit":
+        return f"{'with' if head else 'without'} SRA's head: REPA's MMDiT of these sizes takes it"
     if family in REVERSED:
         names = "Self-Flow's class" if family == "self_flow" else "the original SiT's class"
         return f"{'with' if head else 'without'} a head: {names} with {2 * network.channels} output channels takes it"

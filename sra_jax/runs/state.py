@@ -15,7 +15,9 @@ from ml_collections import ConfigDict
 from sra_jax import config as config_lib
 from sra_jax.config.profiles import TEACHER, Profile, profile
 from sra_jax.distributed import sharding
-from sra_jax.models.stack import ANYWHERE, Placement
+from sra_jax.models.flops import Shape
+from sra_jax.models.mmdit import MMDiT, MMDiTConfig
+from sra_jax.models.stack import ANYWHERE, STACKS, Placement
 from sra_jax.models.transformer import Transformer
 
 Params = dict[str, Any]
@@ -51,6 +53,12 @@ class TrainState:
     profiles: dict[str, Params] = flax.struct.field(default_factory=dict)
 
 
+def _network(shape: Shape, rngs: nnx.Rngs, placement: Placement) -> Transformer | MMDiT:
+    if isinstance(shape, MMDiTConfig):
+        return MMDiT(shape, rngs=rngs, placement=placement)
+    return Transformer(shape, rngs=rngs, placement=placement)
+
+
 class Networks:
     """The static half of the student and the teacher: functions of a parameter tree.
 
@@ -65,7 +73,7 @@ class Networks:
     def __init__(self, config: ConfigDict, placement: Placement = ANYWHERE):
         self.shape = shape = config_lib.transformer_of(config)
         makers: dict[str, Callable[[nnx.Rngs], nnx.Module]] = {
-            "model": lambda rngs: Transformer(shape, rngs=rngs, placement=placement)
+            "model": lambda rngs: _network(shape, rngs, placement)
         }
         makers |= config_lib.methods_of(config).heads(shape)
         self._makers = makers
@@ -88,12 +96,11 @@ class Networks:
             for name, make in self._makers.items()
         }
 
-    def model(self, params: Params) -> Transformer:
+    def model(self, params: Params) -> Any:
         """The transformer with these parameters; inside a traced function."""
-        others = {name: tree for name, tree in params["model"].items() if name != "blocks"}
-        return nnx.merge(
-            self._graphs["model"], self._placement.others(others) | {"blocks": params["model"]["blocks"]}
-        )
+        stacks = {name: tree for name, tree in params["model"].items() if name in STACKS}
+        others = {name: tree for name, tree in params["model"].items() if name not in STACKS}
+        return nnx.merge(self._graphs["model"], self._placement.others(others) | stacks)
 
     def head(self, params: Params, name: str) -> nnx.Module:
         """One of the methods' heads with these parameters; inside a traced function."""

@@ -1,13 +1,20 @@
 """What the tools that sample are told on the command line."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from absl import flags
+from ml_collections import ConfigDict
 
 from sra_jax import cli, values
 from sra_jax import config as config_lib
+from sra_jax.data import registry as datasets
+from sra_jax.data.caption_sources import is_captioned
+from sra_jax.data.caption_sources import prompts as captions_of_images
 from sra_jax.errors import UserError
+from sra_jax.runs.trained import TrainedModel
+from sra_jax.sampling.generation import Asked
 
 SCHEMES = ("balanced", "uniform")
 LABELS_HELP = (
@@ -58,6 +65,70 @@ def sampling_overrides() -> dict[str, Any]:
     return overrides
 
 
+def define_label_flags() -> None:
+    """Flags that say what samples show: labels, or prompts where the run is told captions."""
+    flags.DEFINE_string("labels", "balanced", f"Of a run with labels: {LABELS_HELP}")
+    flags.DEFINE_multi_string(
+        "prompt", [], "Of a run with captions: one to draw; give it several times for several, taken in turn."
+    )
+    flags.DEFINE_string(
+        "prompts", None, "Of a run with captions: a text file of captions to draw, one a line; or images that have "
+        "some, coco:DIR:val2014 or captions:DIR: one caption of each of so many images, chosen by --seed; or captions "
+        "that the training set brings: seen or held_out with digits_captions.",
+    )  # fmt: skip
+
+
+def asked(model: TrainedModel, count: int, seed: int) -> Asked:
+    """What `count` samples are to show, as `Generator.images` takes it: labels, or prompts.
+
+    Raises:
+      UserError: flags that do not go with the run, or prompts that cannot be read.
+    """
+    given = flags.FLAGS
+    if not config_lib.tells_captions(model.config):
+        if given.prompt or given.prompts:
+            raise UserError("--prompt and --prompts need a run that is told captions; this one takes --labels")
+        return parse_labels(given.labels, model.class_names)
+    if given["labels"].present:
+        raise UserError("--labels needs a run that is told labels; this one is told captions: --prompt or --prompts")
+    if bool(given.prompt) == bool(given.prompts):
+        raise UserError('this run is told captions: give --prompt="a caption" or --prompts=FILE, one of the two')
+    if given.prompt:
+        return [checked_prompt("--prompt", text) for text in given.prompt]
+    return prompts_of(model.config.data, given.prompts, count, seed)
+
+
+def prompts_of(data: ConfigDict, name: str, count: int, seed: int) -> list[str]:
+    """The prompts that --prompts names: a list of the data set's own, captions of images, or the lines of a file.
+
+    Raises:
+      UserError: no such list or file, a line without a caption, or bytes that are no text.
+    """
+    own = datasets.prompt_lists(data)
+    if name in own:
+        return own[name](count, seed)
+    if is_captioned(name):
+        return captions_of_images(name, count, seed)
+    path = Path(name).expanduser()
+    if not path.is_file():
+        names = f", nor a list of data.name={data.name!r}: {', '.join(own)}" if own else ""
+        raise UserError(f"--prompts={name} is no file of captions, one a line{names}")
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompts={name} is not UTF-8 text: {error}") from error
+    if not lines:
+        raise UserError(f"--prompts={name} is empty: one caption a line")
+    return [checked_prompt(f"--prompts={name}, line {number}", line) for number, line in enumerate(lines, start=1)]
+
+
+def checked_prompt(where: str, text: str) -> str:
+    """The prompt; raises a `UserError` where it is blank."""
+    if not text.strip():
+        raise UserError(f"{where} is blank: write a caption")
+    return text
+
+
 def parse_labels(text: str, class_names: Sequence[str] | None = None) -> str | Sequence[int]:
     """The --labels flag: a scheme's name, or classes with commas between, each its number, its name or name:NAME.
 
@@ -86,8 +157,10 @@ def _label(part: str, text: str, class_names: Sequence[str]) -> int:
     )
 
 
-def describe_labels(labels: str | Sequence[int], class_names: Sequence[str] | None) -> str | None:
+def describe_labels(labels: Asked, class_names: Sequence[str] | None) -> str | None:
     """What the chosen class numbers stand for, in words; None where there is nothing to say."""
-    if isinstance(labels, str) or class_names is None or any(not 0 <= label < len(class_names) for label in labels):
+    if isinstance(labels, str) or class_names is None:
+        return None
+    if any(not 0 <= label < len(class_names) for label in map(int, labels)):
         return None
     return ", ".join(f"{label} = {class_names[label]}" for label in dict.fromkeys(labels))

@@ -20,6 +20,7 @@ from sra_jax import config as config_lib
 from sra_jax import files
 from sra_jax.data import classes, pipeline
 from sra_jax.data import registry as datasets
+from sra_jax.data.captions import embedded
 from sra_jax.data.dataset import Dataset
 from sra_jax.distributed import processes, sharding
 from sra_jax.distributed.devices import check_devices
@@ -89,6 +90,7 @@ def build(config: ConfigDict, mesh: Mesh, dataset: Dataset, steps: int) -> Progr
         encode=dataset.encode, optimizer=optimizer, learning_rate=learning_rate(config, steps),
         ema_decay=ema_decay(config, steps), seed=config.seed,
         label_dropout=config.label_dropout, accumulation=config.accumulation, profiles=profiles,
+        null=dataset.null,
     )  # fmt: skip
     return Program(
         mesh=mesh,
@@ -103,12 +105,17 @@ def build(config: ConfigDict, mesh: Mesh, dataset: Dataset, steps: int) -> Progr
 
 
 def abstract_batch(dataset: Dataset, batch_size: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes, types and sharding of a global batch."""
+    """Shapes, types and sharding of a global batch, as `captions.embedded` gives it to the step."""
     split = sharding.batch_sharding(mesh)
-    return {
+    batch = {
         name: jax.ShapeDtypeStruct((batch_size, *np.shape(array)), np.asarray(array).dtype, sharding=split)
         for name, array in dataset.source[0].items()
     }
+    if dataset.text:
+        del batch["ids"]
+        shape = (batch_size, *dataset.text.null["context"].shape)
+        batch["context"] = jax.ShapeDtypeStruct(shape, np.float32, sharding=split)
+    return batch
 
 
 def train(config: ConfigDict, workdir: Path, allow_config_change: bool = False) -> None:
@@ -315,13 +322,17 @@ def _describe(config: ConfigDict, program: Program, dataset: Dataset, steps: int
         f"{config.name}: {count / 1e6:.2f}M parameters, {len(dataset.source):,} examples, {steps:,} steps of "
         f"{config.batch_size} on {jax.device_count()} {jax.devices()[0].device_kind} device(s)"
     )
-    say(classes.described(dataset.num_classes, dataset.class_names))
+    if dataset.null is None:
+        say(classes.described(dataset.num_classes, dataset.class_names))
     if dataset.left_out:
         say(f"left out of {config.data.path}: {dataset.left_out}")
 
 
 def _say_where(config: ConfigDict, workdir: Path, say: Callable[..., None]) -> None:
-    sample = f"python tools/sample.py --workdir={workdir} --num_samples=1000 --output=samples.npz --grid=grid.png"
+    prompt = f' --prompt="{config.sampling.preview_prompts[0]}"' if config_lib.tells_captions(config) else ""
+    sample = (
+        f"python tools/sample.py --workdir={workdir}{prompt} --num_samples=1000 --output=samples.npz --grid=grid.png"
+    )
     samples = sorted((workdir / "samples").glob("step_*.png"))
     say(
         f"done. In {workdir}:\n"
@@ -353,6 +364,7 @@ def _run(
         total=steps, initial=first, desc="compiling", unit="step", disable=jax.process_index() != 0,
         dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 15.0,
     )  # fmt: skip
+    embed = embedded(dataset.text, mesh, config_lib.DTYPES[config.dtype])
     compiled = program.train_step.lower(program.state, abstract_batch(dataset, config.batch_size, mesh)).compile()
     writer = metrics_lib.Writer(workdir) if jax.process_index() == 0 else None
     journal = Journal(
@@ -373,7 +385,7 @@ def _run(
     try:
         for step in range(first, steps):
             try:
-                batch = sharding.put_batch(next(stream), mesh)
+                batch = embed(sharding.put_batch(next(stream), mesh))
             except pipeline.WorkerLost as lost:
                 if jax.process_count() == 1 and step > first and step % config.checkpoint_every:
                     save(step)
@@ -498,13 +510,16 @@ class Journal:
 
 
 class Previews:
-    """samples/step_*.png: one row a class, from the EMA, with the config's sampler and guidance."""
+    """samples/step_*.png: one row a class or prompt, from the EMA, with the config's sampler and guidance."""
 
     def __init__(self, config: ConfigDict, mesh: Mesh, workdir: Path):
         sampling = config.sampling
         self._columns = sampling.preview_per_class
-        classes = min(sampling.preview_classes, config.data.num_classes)
-        self._labels = [label for label in range(classes) for _ in range(self._columns)]
+        if config_lib.tells_captions(config):
+            rows: Sequence[int | str] = sampling.preview_prompts
+        else:
+            rows = range(min(sampling.preview_classes, config.data.num_classes))
+        self._labels = [label for label in rows for _ in range(self._columns)]
         self._generator = Generator(
             config, mesh, datasets.decoder(config.data), batch_size=len(self._labels), seed=PREVIEW_SEED,
             means=latent_means.read(config, workdir),

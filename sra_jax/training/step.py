@@ -4,17 +4,20 @@ What is a method's own it says itself (sra_jax/methods); the paper's order is SR
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from sra_jax.config.profiles import Profile
+from sra_jax.data.dataset import told
+from sra_jax.diffusion.guidance import Condition, without
 from sra_jax.diffusion.process import Process
 from sra_jax.methods.groups import position_times
 from sra_jax.methods.method import Seen, Term, View
 from sra_jax.methods.registry import Methods
+from sra_jax.models.flops import Shape
 from sra_jax.models.transformer import TransformerConfig
 from sra_jax.runs.state import Networks, Params, TrainState
 
@@ -26,8 +29,8 @@ SAMPLED_TOKENS = 256
 
 def draw(
     key: jax.Array, x0: jax.Array, batch: Mapping[str, jax.Array], process: Process, methods: Methods,
-    shape: TransformerConfig, *, label_dropout: float,
-) -> dict[str, jax.Array]:
+    shape: Shape, *, label_dropout: float, null: Condition | None = None,
+) -> dict[str, Any]:
     """Everything random in a step but the latents, for the whole global batch.
 
     Values depend on the key and on an example's place in the batch, not on how the batch is split over devices.
@@ -35,22 +38,23 @@ def draw(
     Args:
       key: of the step.
       x0: latents (B,H,W,C).
-      batch: the data set's arrays; `label` (B,) among them.
+      batch: the data set's arrays, of which `told` reads labels or captions.
       process: of the noise.
       methods: draw what is their own.
       shape: the network's; `num_classes` is its null label.
-      label_dropout: share of labels that the student does not get.
+      label_dropout: share of labels, or captions, that the student does not get.
+      null: the empty caption where there are captions; None: the null label.
 
     Returns:
-      x0, noise e (B,H,W,C), labels y (B,) after dropout, student times t (B,), and what the methods drew or replaced.
+      x0, noise e (B,H,W,C), labels or captions y (B,...) after dropout, student times t (B,), and what the methods drew
+      or replaced.
     """
     noise_key, time_key, method_key, dropout_key = jax.random.split(key, 4)
-    labels = batch["label"]
-    dropped = jax.random.uniform(dropout_key, labels.shape) < label_dropout
+    dropped = jax.random.uniform(dropout_key, x0.shape[:1]) < label_dropout
     example = {
         "x0": x0,
         "e": jax.random.normal(noise_key, x0.shape),
-        "y": jnp.where(dropped, shape.num_classes, labels),
+        "y": without(told(batch), cast(TransformerConfig, shape).num_classes if null is None else null, dropped),
         "t": process.sample_time(time_key, x0.shape[0]),
     }
     return example | methods.draw(method_key, {**batch, **example}, process, shape)
@@ -164,6 +168,7 @@ def make_train_step(
     *, networks: Networks, process: Process, methods: Methods, encode: Callable[..., jax.Array],
     optimizer: optax.GradientTransformation, learning_rate: optax.Schedule, ema_decay: Callable[[jax.Array], jax.Array],
     seed: int, label_dropout: float, accumulation: int, profiles: Sequence[Profile] = (),
+    null: Condition | None = None,
 ) -> Callable[[TrainState, Mapping[str, jax.Array]], tuple[TrainState, Metrics]]:
     """The pure function `train_step(state, batch) -> (state, metrics)`; the caller jits and shards it.
 
@@ -180,12 +185,13 @@ def make_train_step(
     def train_step(state: TrainState, batch: Mapping[str, jax.Array]) -> tuple[TrainState, Metrics]:
         latent_key, draw_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
         example = draw(
-            draw_key, encode(batch, latent_key), batch, process, methods, networks.shape, label_dropout=label_dropout
-        )
+            draw_key, encode(batch, latent_key), batch, process, methods, networks.shape, label_dropout=label_dropout,
+            null=null,
+        )  # fmt: skip
         weights = methods.weights_at(state.step)
         gradients, metrics = accumulate(
             jax.value_and_grad(loss, has_aux=True), state.params, state.ema, example, weights, accumulation,
-            methods.together(batch["label"].shape[0]),
+            methods.together(example["x0"].shape[0]),
         )  # fmt: skip
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -235,8 +241,8 @@ def accumulate(
         stretches = x.reshape(-1, parts, together, *x.shape[1:]).swapaxes(0, 1)
         return stretches.reshape(parts, -1, *x.shape[1:])
 
-    microbatches = {name: split(x) for name, x in example.items()}
-    shapes = jax.eval_shape(one, {name: x[0] for name, x in microbatches.items()})
+    microbatches = jax.tree.map(split, dict(example))
+    shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], microbatches))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
     def body(carry: tuple[Any, Metrics], part: Mapping[str, jax.Array]) -> tuple[tuple[Any, Metrics], None]:

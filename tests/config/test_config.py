@@ -23,7 +23,7 @@ def test_every_recipe_is_sound_and_says_how_to_run_it(recipe):
     assert f"--config=configs/{recipe}.py" in importlib.import_module(f"configs.{recipe}").__doc__
 
 
-@pytest.mark.parametrize("recipe", [name for name in RECIPES if name.startswith(("sit_", "dit_"))])
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if name.startswith(("sit_", "dit_", "t2i_"))])
 def test_smoke_variants_are_small(recipe):
     config = load(recipe, "smoke")
     config_lib.check(config)

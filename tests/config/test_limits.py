@@ -7,14 +7,17 @@ import pytest
 from configs import digits
 from sra_jax import config as config_lib
 from sra_jax import values
+from sra_jax.config.keys import CAPTION_KEYS
 from sra_jax.config.limits import PATHS, RANGES, check_number, check_workers
 from sra_jax.diffusion.registry import PROCESSES, SAMPLERS, process_defaults
 from sra_jax.errors import UserError
 
 NAMES = {
-    "name", "dtype", "data.name", "model.attention", "model.remat", "alignment.distance", "alignment.weight_schedule",
-    "process.name", "optimizer.schedule", "ema.schedule", "ema.profiles", "ema.sampled", "sampling.sampler",
-    "evaluation.extractor", "process.path", "process.time_distribution", "process.schedule", "process.variance",
+    "name", "dtype", "data.name", "model.attention", "model.name", "model.initialisation", "model.remat",
+    "alignment.distance",
+    "alignment.weight_schedule", "data.captions", "process.name",
+    "optimizer.schedule", "ema.schedule", "ema.profiles", "ema.sampled", "sampling.sampler", "evaluation.extractor",
+    "process.path", "process.time_distribution", "process.schedule", "process.variance",
 }  # fmt: skip
 """Keys of text that is one of a few words."""
 
@@ -26,7 +29,7 @@ def all_keys():
         known |= {f"process.{key}": value for key, value in process_defaults(name).items()}
     for sampler in SAMPLERS.values():
         known |= {f"sampling.{key}": value for key, value in sampler.options.items()}
-    return known
+    return known | {key: value for key, (value, _) in CAPTION_KEYS.items()}
 
 
 def test_every_number_has_a_range_and_every_text_is_a_name_or_a_path():

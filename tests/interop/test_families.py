@@ -1,6 +1,7 @@
 """What a file is said to be, from the names and shapes of its tensors."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import jax
@@ -9,12 +10,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from configs import common
+from configs import common, t2i_coco
+from sra_jax import config as config_lib
 from sra_jax.errors import UserError
 from sra_jax.interop.families import arguments_to_config, describe, from_original_sit, to_original_sit
 from sra_jax.interop.pytorch import expected_shapes, params_from_pytorch, pytorch_from_params
 from sra_jax.models.transformer import Transformer, TransformerConfig
-from tests.interop.random_tensors import TINY, random_tensors, shapes
+from tests.interop.random_tensors import TINY, mmdit_shapes, random_tensors, shapes
 
 
 @dataclasses.dataclass
@@ -279,3 +281,19 @@ def test_whose_head_it_is():
     assert describe(header(), "auto", 4, common.SIZES, method="dts_as").method == "dts_as"
     values, _ = arguments_to_config(told.arguments, "method.dts_as")
     assert values == {"method.dts_as.student_block": 2, "method.dts_as.teacher_block": 3}
+
+
+@pytest.mark.parametrize("head", [True, False])
+def test_repas_text_to_image_at_its_true_size(head):
+    """505,070,608 parameters: depth 24, width 768, heads of 32 channels; the shapes need not exist."""
+    size = {"input_size": 32, "channels": 4, "patch": 2, "depth": 24, "width": 768, "context": 768}
+    contents = describe(Header(mmdit_shapes(head=head, **size)), "auto", None, common.SIZES)
+    assert (contents.family, contents.head) == ("mmdit", head)
+    recipe = config_lib.transformer_of(t2i_coco.get_config())
+    assert contents.network == dataclasses.replace(recipe, dtype=jnp.float32, remat="none")
+    leaves = [names for _, names in contents.leaves()]
+    assert sorted(name for names in leaves for name in names) == sorted(
+        name for name in mmdit_shapes(head=head, **size) if name != "pos_embed"
+    )
+    trained = sum(math.prod(shape) for name, shape in mmdit_shapes(head=head, **size).items() if name != "pos_embed")
+    assert trained == (507_432_208 if head else 505_070_608)

@@ -35,7 +35,8 @@ def tower(golden):
 def hidden_states(tower: ClipText, ids, end):
     numbers = tuple(range(1, tower.config.num_hidden_layers + 1))
     last, features = jax.jit(lambda ids: tower(ids, taps=numbers))(jnp.asarray(ids))
-    first_end = np.argmax(ids == end, axis=1)
+    # a 2 in the configs of old models: transformers then takes the largest id
+    first_end = np.argmax(ids if end == 2 else ids == end, axis=1)
     return {
         "last_hidden_state": last, "pooler_output": last[np.arange(len(ids)), first_end],
         "embeddings": tower.embed(ids),
@@ -46,11 +47,11 @@ def hidden_states(tower: ClipText, ids, end):
 def test_clip_text_hidden_states(tower):
     """Every group of outputs, from the ids that belong to it."""
     arrays, meta, model, _ = tower
-    groups = {"out": "in/ids", "short": "in/ids_short", "zero_padded": "in/ids_zero_padded"}
+    groups = {"out": "in/ids"}
     present = {key.split("/")[0] for key in arrays} - {"meta", "sd", "in", "eps", "toy_bpe", "bpe"}
     assert present
     for group in present:
-        found = hidden_states(model, arrays[groups[group]], meta["eos_token_id"])
+        found = hidden_states(model, arrays[groups.get(group, f"in/ids_{group}")], meta["eos_token_id"])
         for name, expected in state_dict(arrays, f"{group}/").items():
             close(found[name], expected, f"{group}/{name}")
 
@@ -118,4 +119,5 @@ def test_clip_text_published_tokenizer(golden):
     )  # fmt: skip
     ids, _, _ = tokenizer([str(text) for text in arrays["bpe/texts"]])
     np.testing.assert_array_equal(ids, expected)
-    np.testing.assert_array_equal((ids == arrays["bpe/ids_openai"]).all(axis=1), arrays["bpe/equals_openai"])
+    if "bpe/equals_openai" in arrays:
+        np.testing.assert_array_equal((ids == arrays["bpe/ids_openai"]).all(axis=1), arrays["bpe/equals_openai"])

@@ -201,7 +201,7 @@ def test_mmdit_forward_layer_norm_epsilon(forward, main):
     eps = state_dict(arrays, "eps/")
     if not eps:
         pytest.skip("this set has no probe")
-    condition = jax.nn.silu(jnp.asarray(arrays["cond/t_emb"]))
+    condition = main.model.condition(jnp.asarray(arrays["in/t"]), {})
     tokens = (jnp.asarray(eps["ctx_small"]), jnp.asarray(eps["x_small"]))
     found = {
         "final_tokens": main.model.final(tokens[1], Condition(condition)),

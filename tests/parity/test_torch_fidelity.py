@@ -15,7 +15,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from sra_jax.evaluation.kid import kernel_distance
 from sra_jax.interop.inception import convert_checkpoint, load_weights
 from sra_jax.interop.torch_file import read_torch_file
-from sra_jax.models.inception import Inception
+from sra_jax.models.inception import Inception, resized
 from tests.conftest import run
 
 
@@ -110,6 +110,19 @@ def test_network(images, peer, ours):
     for name, expected, found in zip(("pool", "logits", "spatial"), peer(images), ours(images), strict=True):
         assert expected.std(axis=0).mean() > 0.01 * np.abs(expected).max(), f"{name} says nothing of the images"
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max(), err_msg=name)
+
+
+@pytest.mark.parametrize(("before", "pixels"), [(256, None), (64, None), (300, 400)])
+def test_pytorchs_resize(before, pixels):
+    """As pytorch-fid and U-ViT's tools bring images to the network: [0, 1], interpolate, [-1, 1]."""
+    images = photo_crops(before, 2) if pixels is None else photo_crops(pixels, 2, pixels=before)
+    expected = torch.nn.functional.interpolate(
+        torch.from_numpy(images.transpose(0, 3, 1, 2)).float() / 255, size=(299, 299), mode="bilinear",
+        align_corners=False,
+    )  # fmt: skip
+    found = np.asarray(resized(images, "pytorch")).transpose(0, 3, 1, 2)
+    np.testing.assert_allclose(found, 2 * expected.numpy() - 1, atol=2e-5)
+    assert np.abs(found - np.asarray(resized(images, "tf1")).transpose(0, 3, 1, 2)).max() > 0.01
 
 
 def write_folder(folder, images):

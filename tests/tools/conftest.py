@@ -1,1 +1,1 @@
-from tests.fixtures import image_folder, tiny_vae  # noqa: F401
+from tests.fixtures import coco_folder, image_folder, tiny_clip, tiny_vae  # noqa: F401
