@@ -25,18 +25,16 @@ from sra_jax import memory_pages
 if __name__ == "__main__":
     memory_pages.use_large_pages()
 
-from pathlib import Path
-
 from absl import flags
 
-from sra_jax import cli
+from sra_jax import cli, remote
 from sra_jax import config as config_lib
 from sra_jax.distributed import processes
 from sra_jax.training.loop import train
 
 FLAGS = flags.FLAGS
 CONFIG = config_lib.define_flag("The recipe: configs/NAME.py, or configs/NAME.py:VARIANT.")
-WORKDIR = cli.path_flag("workdir", None, "Folder of the run; by default runs/ and the recipe's name.")
+WORKDIR = cli.path_flag("workdir", None, "Folder of the run, or gs://bucket/run; by default runs/ and the recipe's.")
 ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
     "allow_config_change", False, "Go on in a workdir although its saved config differs in what shapes the run."
 )
@@ -54,7 +52,7 @@ def main() -> None:
         config_lib.check(config, config_lib.fewest_devices(config))
         return
     with processes.joined():
-        train(config, Path(WORKDIR.value or Path("runs") / config.name), ALLOW_CONFIG_CHANGE.value)
+        train(config, remote.path(WORKDIR.value or f"runs/{config.name}"), ALLOW_CONFIG_CHANGE.value)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from sra_jax import values
+from sra_jax import remote, values
 from sra_jax.errors import Interrupted, Preempted, RunError, UserError
 
 flags.disclaim_key_flags()  # they belong to the command that defines them, and stand in its --help
@@ -84,10 +84,13 @@ def run(main: Callable[[], int | None], argv: list[str] | None = None) -> None:
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             code = EXIT_INTERRUPTED
-        except Exception:
-            if not _at_once:
+        except Exception as error:
+            if remote.is_storage_error(error):
+                print(f"error: the storage does not answer as it should: {remote.reason(error)}", file=sys.stderr)
+            elif _at_once:
+                traceback.print_exc()
+            else:
                 raise
-            traceback.print_exc()
             code = EXIT_FAILED
         if _at_once:
             sys.stdout.flush()
@@ -167,14 +170,18 @@ def number_flag(
     return flags.DEFINE(NumberParser(f"--{name}", low, high, open_low), name, default, help_string, **options)
 
 
-def path_flag(name: str, default: str | None, help_string: str, **options: Any) -> flags.FlagHolder:
-    """Define a flag of a local path, a string in which `~` is expanded."""
-    return flags.DEFINE(PathParser(f"--{name}"), name, default, help_string, **options)
+def path_flag(
+    name: str, default: str | None, help_string: str, local: bool = False, **options: Any
+) -> flags.FlagHolder:
+    """Define a flag of a path, a string in which `~` is expanded; an address, such as gs://, unless it is `local`."""
+    return flags.DEFINE(PathParser(f"--{name}", local), name, default, help_string, **options)
 
 
-def paths_flag(name: str, default: str | None, help_string: str, **options: Any) -> flags.FlagHolder:
-    """Define a flag of local paths with commas between, a list."""
-    return flags.DEFINE(PathsParser(f"--{name}"), name, default, help_string, **options)
+def paths_flag(
+    name: str, default: str | None, help_string: str, local: bool = False, **options: Any
+) -> flags.FlagHolder:
+    """Define a flag of paths with commas between, a list; each as `path_flag` takes it."""
+    return flags.DEFINE(PathsParser(f"--{name}", local), name, default, help_string, **options)
 
 
 def source_flag(name: str, default: str | None, help_string: str, **options: Any) -> flags.FlagHolder:
@@ -209,23 +216,23 @@ class NumberParser(flags.ArgumentParser):
 class PathParser(flags.ArgumentParser):
     """Of `path_flag`."""
 
-    def __init__(self, name: str):
-        self._name = name
+    def __init__(self, name: str, local: bool = False):
+        self._name, self._local = name, local
 
     def parse(self, argument: str) -> str:
-        """A local path, or a `UserError`."""
-        return values.path(self._name, argument)
+        """A path, or a `UserError`."""
+        return values.path(self._name, argument, self._local)
 
 
 class PathsParser(flags.ArgumentParser):
     """Of `paths_flag`."""
 
-    def __init__(self, name: str):
-        self._name = name
+    def __init__(self, name: str, local: bool = False):
+        self._name, self._local = name, local
 
     def parse(self, argument: str) -> list[str]:
-        """Local paths, or a `UserError`."""
-        return [values.path(self._name, part.strip()) for part in argument.split(",")]
+        """Paths, or a `UserError`."""
+        return [values.path(self._name, part.strip(), self._local) for part in argument.split(",")]
 
 
 class SourceParser(flags.ArgumentParser):
@@ -235,7 +242,7 @@ class SourceParser(flags.ArgumentParser):
         self._name = name
 
     def parse(self, argument: str) -> str:
-        """A name or a local path, or a `UserError`."""
+        """A name or a path, or a `UserError`."""
         return values.source(self._name, argument)
 
 

@@ -8,11 +8,11 @@ import os
 import re
 from typing import Any
 
+from sra_jax import remote
 from sra_jax.errors import UserError
 
 INTEGER = re.compile(r"[+-]?[0-9]+", re.ASCII)
 REAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", re.ASCII)
-SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
 SHOWN = 100
 """Characters of a wrong value that a message repeats."""
@@ -139,20 +139,27 @@ def interval(name: str, value: Any, *, fixed: bool, advice: str) -> tuple[float,
     return ends[0], ends[1]
 
 
-def path(name: str, text: str | os.PathLike) -> str:
-    """A local path, `~` expanded.
+def path(name: str, text: str | os.PathLike, local: bool = False) -> str:
+    """A path, `~` expanded, or an address such as gs://bucket/run, as it is.
+
+    Args:
+      name: what it was given to.
+      text: the path.
+      local: refuse addresses, too.
 
     Raises:
-      UserError: an empty path, an address with a scheme such as gs://, or the home of an unknown user.
+      UserError: an empty path, an address that nothing here reads, or the home of an unknown user.
     """
     text = os.fspath(text)
     if not text.strip():
         raise UserError(f"{name}= is empty: give a path, or leave it out")
-    if scheme := SCHEME.match(text):
-        raise UserError(
-            f"{name}={text} is an address ({scheme[1]}://); paths are local, such as /data/run, run or ~/run: mount or "
-            "copy it"
-        )
+    if remote.is_address(text):
+        if local:
+            raise UserError(
+                f"{name}={text} is an address ({remote.scheme(text)}://); this path is local, such as /data/run, run "
+                "or ~/run: mount or copy it"
+            )
+        return remote.checked(name, text)
     expanded = os.path.expanduser(text)
     if expanded.startswith("~"):
         raise UserError(f"{name}={text} names the home of a user who is not known here; give the whole path")
@@ -160,9 +167,9 @@ def path(name: str, text: str | os.PathLike) -> str:
 
 
 def source(name: str, text: str) -> str:
-    """A path that may have in front what lies there, KIND:PATH; the path is read as `path` does.
+    """A path that may have in front what lies there, KIND:PATH, where the path is local; read as `path` does.
 
     Other names, such as `tfds:imagenet2012` or a Hugging Face id, stay as they are.
     """
     kind, colon, rest = text.partition(":")
-    return f"{kind}:{path(name, rest)}" if colon and kind in PATH_KINDS else path(name, text)
+    return f"{kind}:{path(name, rest, local=True)}" if colon and kind in PATH_KINDS else path(name, text)

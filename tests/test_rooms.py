@@ -5,8 +5,8 @@ import ast
 from tests.conftest import ROOT
 
 ROOMS = (
-    "errors", "values", "files", "cli", "memory_pages", "models", "distributed", "diffusion", "methods", "config",
-    "interop", "data", "runs", "sampling", "evaluation", "inspection", "training", "planning", "benchmarks",
+    "errors", "remote", "values", "files", "cli", "memory_pages", "models", "distributed", "diffusion", "methods",
+    "config", "interop", "data", "runs", "sampling", "evaluation", "inspection", "training", "planning", "benchmarks",
 )  # fmt: skip
 PACKAGE = ROOT / "sra_jax"
 

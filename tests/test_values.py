@@ -71,9 +71,12 @@ def test_paths(monkeypatch):
     assert values.path("--workdir", "~") == "/home/me"
     assert values.path("--workdir", Path("runs/x")) == values.path("--workdir", "runs/x") == "runs/x"
     assert values.path("--workdir", "a~b/~c") == "a~b/~c"
-    for address in ("gs://b/run", "s3://b", "file:///data", "hf://owner/name", "https://a.b/c"):
-        with pytest.raises(UserError, match=r"--workdir=.*://.* is an address .*; paths are local"):
+    for address in ("file:///data", "https://a.b/c", "GS://b/run"):
+        with pytest.raises(UserError, match=r"--workdir=.*://.* is an address \(.*://\) that nothing here reads: use gs://"):
             values.path("--workdir", address)
+    for address in ("gs://b/run", "hf://owner/name"):
+        with pytest.raises(UserError, match=r"--cache=.*://.* is an address .*; this path is local"):
+            values.path("--cache", address, local=True)
     for nothing in ("", "  "):
         with pytest.raises(UserError, match="--workdir= is empty"):
             values.path("--workdir", nothing)
@@ -87,6 +90,6 @@ def test_paths_with_what_lies_there_in_front(monkeypatch):
     assert values.source("--source", "~/cats") == "/home/me/cats"
     for name in ("tfds:imagenet2012", "dataset", "stabilityai/sd-vae-ft-ema", "./x"):
         assert values.source("--source", name) == name
-    for given in ("imagefolder:gs://b/cats", "gs://b/cats"):
+    for given in ("imagefolder:gs://b/cats", "ftp://b/cats"):
         with pytest.raises(UserError, match="is an address"):
             values.source("--source", given)

@@ -29,6 +29,9 @@ Examples:
     # what each method adds to the baseline's step, as the table of docs/methods.md; memory by libtpu's compiler
     python tools/benchmark.py methods --config=configs/sit_b2.py --config.batch_size=8 --repeats=3 --topology=v5e:4x4
 
+    # tracing and compiling at the first start and at the second, of training and of sampling
+    python tools/benchmark.py start --recipes=digits,sit_b2:smoke,dit_b2:smoke
+
     # reading latents; encoding images; the FID network; the metrics: options by --help
     python tools/benchmark.py data --folder=FOLDER
     python tools/benchmark.py vae --folder=FOLDER
@@ -49,9 +52,10 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from configs import sit_xl2
-from sra_jax import cli, files, values
+from sra_jax import cli, files, remote, values
 from sra_jax import config as config_lib
-from sra_jax.benchmarks import data, evaluation, measure
+from sra_jax.benchmarks import data, evaluation, measure, start
+from sra_jax.config import flag as config_flag
 from sra_jax.distributed import chips
 from sra_jax.errors import UserError
 from sra_jax.methods.registry import METHODS, names_of
@@ -61,7 +65,7 @@ FLAGS = flags.FLAGS
 ELSEWHERE = {
     "data": data.read, "vae": data.encode, "inception": evaluation.network, "metrics": evaluation.metrics,
 }  # fmt: skip
-COMMANDS = ("train_step", "growth", "compile", "sampler", "table", "methods", *ELSEWHERE)
+COMMANDS = ("train_step", "growth", "compile", "sampler", "table", "methods", "start", *ELSEWHERE)
 
 
 def define_flags() -> None:
@@ -73,6 +77,7 @@ def define_flags() -> None:
     cli.whole_flag("samples", 4, "sampler: samples at a time.", 1, values.BATCH_LIMIT)
     flags.DEFINE_list("methods", list(METHODS), "methods: which of them, as --config.method.name takes them.")
     flags.DEFINE_string("topology", None, "methods: also a chip's memory for SiT-XL/2 on this TPU slice; needs libtpu.")
+    flags.DEFINE_list("recipes", ["sit_b2:smoke"], "start: recipes of configs/, NAME or NAME:VARIANT, as they are.")
     cli.path_flag("json", None, "Write the result to this file, too; an old one is replaced.")
     flags.DEFINE_bool("keep_dtype", False, "Keep the recipe's dtype; by default float32, which CPUs compute in.")
 
@@ -130,6 +135,26 @@ def main(command: str) -> None:
         return
     if FLAGS.json:
         files.check_output("--json", FLAGS.json, overwrite=True)
+    if command == "start":
+        result = start.table([recipe(name) for name in FLAGS.recipes], measure.say)
+    else:
+        result = measured(command)
+    text = json.dumps(result, indent=2)
+    print("\n".join(result["markdown"]) if "markdown" in result else text)
+    if FLAGS.json:
+        files.write_results({remote.path(FLAGS.json): lambda path: files.write_text(path, text + "\n")})
+
+
+def recipe(name: str) -> ConfigDict:
+    """A recipe of configs/ by name, checked."""
+    file, colon, variant = name.partition(":")
+    config = config_flag.load(f"configs/{file}.py{colon}{variant}")
+    config_lib.check(config)
+    return config
+
+
+def measured(command: str) -> dict[str, Any]:
+    """The figures of a command on --config."""
     config = prepared_config(command, FLAGS.config, FLAGS.keep_dtype, FLAGS.peer)
     if command == "train_step":
         result = measure.train_step(config, FLAGS.peer, FLAGS.repeats, FLAGS.peer_large_pages)
@@ -144,10 +169,7 @@ def main(command: str) -> None:
         result = measure.methods(config, FLAGS.methods, FLAGS.repeats, memory)
     else:
         result = measure.table(config, FLAGS.peer, FLAGS.repeats, FLAGS.samples, FLAGS.peer_large_pages)
-    text = json.dumps(result, indent=2)
-    print("\n".join(result["markdown"]) if "markdown" in result else text)
-    if FLAGS.json:
-        files.write_results({pathlib.Path(FLAGS.json): lambda path: files.write_text(path, text + "\n")})
+    return result
 
 
 if __name__ == "__main__":

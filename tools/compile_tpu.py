@@ -42,7 +42,7 @@ import time
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 os.environ["JAX_PLATFORMS"] = "cpu"  # nothing is run, and JAX must not look for a TPU
 
-from sra_jax import cli, files  # first: it quiets what the others load
+from sra_jax import cli, files, remote  # first: it quiets what the others load
 
 # isort: split
 import jax
@@ -70,7 +70,9 @@ flags.DEFINE_list("attention", None, "Implementations of attention to compare, a
 flags.DEFINE_list("remat", None, "Remat policies to compare them with; by default the recipe's.")
 flags.DEFINE_list("recipes", None, "Names of configs/ for --table; by default all SiT and DiT recipes.")
 flags.DEFINE_list("slices", list(SLICES), "Slices for --table.")
-cli.path_flag("results", None, "Folder that keeps a JSON file of each compilation, to be read again next time.")
+cli.path_flag(
+    "results", None, "Folder that keeps a JSON file of each compilation, to be read again next time.", local=True
+)
 cli.path_flag("json", None, "File to write the report, or the list of reports, to.")
 
 
@@ -189,7 +191,7 @@ def write_json(content: object) -> None:
     """To --json, whole or not at all."""
     if FLAGS.json:
         text = json.dumps(content, indent=2) + "\n"
-        files.write_results({pathlib.Path(FLAGS.json): lambda path: files.write_text(path, text)})
+        files.write_results({remote.path(FLAGS.json): lambda path: files.write_text(path, text)})
 
 
 if __name__ == "__main__":

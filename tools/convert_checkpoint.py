@@ -17,6 +17,8 @@ Out: tensors carry the authors' names, with pos_embed and, where it was trained,
 with strict=True. A .pt is {"ema": ..., "steps": ...} for --export=ema, {"model": ...} for params, all for both.
 
 PyTorch is needed for .pt only. Pickles are read without running any code in them.
+A file may lie at an address: hf://OWNER/NAME/FILE[@REVISION] (HF_TOKEN where it needs access), gs://BUCKET/FILE. With
+--card, --output is a folder to upload; where its config.json lies beside a file that comes in, it is the recipe.
 
 Exit codes: 0 done, 1 made but not written (kept elsewhere, the message says where), 2 bad input.
 
@@ -26,6 +28,8 @@ Examples:
     python tools/convert_checkpoint.py --checkpoint=DiT-XL-2-256x256.pt --workdir=runs/dit
     python tools/convert_checkpoint.py --checkpoint=SiT-XL-2-256x256.pt --workdir=runs/sit --family=sit_original
     python tools/convert_checkpoint.py --workdir=runs/sra --export=ema --output=sra.pt     # or .safetensors
+    python tools/convert_checkpoint.py --workdir=runs/sra --export=ema --card --output=to_upload   # for Hugging Face
+    python tools/convert_checkpoint.py --checkpoint=hf://OWNER/NAME/model.safetensors --workdir=runs/theirs
 """
 
 import importlib
@@ -34,7 +38,7 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from sra_jax import cli, files, values  # first: it quiets what the others load
+from sra_jax import cli, files, remote, values  # first: it quiets what the others load
 
 # isort: split
 import jax
@@ -46,10 +50,11 @@ from sra_jax import config as config_lib
 from sra_jax.errors import UserError
 from sra_jax.interop import families
 from sra_jax.interop.tensor_files import TensorFile, open_tensor_file
-from sra_jax.methods.registry import METHODS
+from sra_jax.methods.registry import METHODS, names_of
 from sra_jax.models.flops import Shape
 from sra_jax.models.mmdit import MMDiTConfig
-from sra_jax.runs import conversion
+from sra_jax.runs import CONFIG as CONFIG_FILE
+from sra_jax.runs import card, conversion
 from sra_jax.sampling.options import define_ema_flag
 
 FLAGS = flags.FLAGS
@@ -79,6 +84,11 @@ flags.DEFINE_enum(
 )  # fmt: skip
 cli.path_flag("output", None, "File that --export writes: .pt or .safetensors.")
 cli.whole_flag("step", None, "Checkpoint that --export reads; by default the newest.", 0, values.COUNT_LIMIT)
+flags.DEFINE_bool(
+    "card", False,
+    "Make --output a folder to upload to Hugging Face: the weights as safetensors, config.json and a model "
+    "card, README.md.",
+)  # fmt: skip
 flags.DEFINE_bool("overwrite", False, "Replace --output where it exists.")
 define_ema_flag()
 CONFIG = config_lib.define_flag("Recipe of the run; by default the paper's for the size.")
@@ -89,6 +99,8 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")  # moving arrays needs no accelerator
     if bool(FLAGS.checkpoint) == bool(FLAGS.export):
         raise UserError("give either --checkpoint=FILE, to bring it in, or --export=ema, to write --output")
+    if FLAGS.card and not FLAGS.export:
+        raise UserError("--card belongs to --export: it describes what is written to --output")
     if FLAGS.export:
         export()
     else:
@@ -98,25 +110,37 @@ def main() -> None:
 def export() -> None:
     """Workdir to file."""
     if not FLAGS.output:
-        raise UserError("--export needs --output=FILE.pt or --output=FILE.safetensors")
-    output = files.check_output("--output", FLAGS.output, FLAGS.overwrite)
+        raise UserError("--export needs --output=FILE.pt or --output=FILE.safetensors, with --card --output=FOLDER")
+    workdir, folder = remote.path(FLAGS.workdir), remote.path(FLAGS.output)
+    if FLAGS.card:
+        for name in (card.WEIGHTS_FILE, card.CONFIG_FILE, card.CARD_FILE):
+            files.check_output("--output", folder / name, FLAGS.overwrite)
+        output = folder / card.WEIGHTS_FILE
+    else:
+        output = files.check_output("--output", folder, FLAGS.overwrite)
     step, loaded_by = conversion.export_checkpoint(
-        pathlib.Path(FLAGS.workdir), FLAGS.step, FLAGS.export, output, FLAGS.export_for, FLAGS.family, FLAGS.ema
+        workdir, FLAGS.step, FLAGS.export, output, FLAGS.export_for, FLAGS.family, FLAGS.ema
     )
+    if FLAGS.card:
+        config = config_lib.read(workdir / CONFIG_FILE)
+        card.write(folder, workdir, config, step, FLAGS.export, FLAGS.ema, loaded_by)
+        print(f"{folder} is ready: hf upload {card.PLACE} {folder}")
     print(f"{output}: {FLAGS.export} of step {step}, {loaded_by}")
 
 
 def bring_in() -> None:
     """File to workdir."""
-    file = open_tensor_file(pathlib.Path(FLAGS.checkpoint))
-    given = config_lib.from_flag(CONFIG.value) if CONFIG.value is not None else None
+    file = open_tensor_file(files.local(FLAGS.checkpoint))
+    given = config_lib.from_flag(CONFIG.value) if CONFIG.value is not None else card.config_beside(FLAGS.checkpoint)
     heads = FLAGS.heads or (given.model.heads if given is not None else None)
     classes = FLAGS.num_classes or (given.data.num_classes if given is not None else None)
     patch = FLAGS.patch or (given.model.patch if given is not None else None)
     contents = families.describe(file, FLAGS.family, heads, common.SIZES, classes, FLAGS.method, patch)
     families.check_positions(file, contents.network)
+    if CONFIG.value is None and given is not None:
+        given = fitting(given, contents)
     config, lost = recipe(contents, file) if given is None else (given, [])
-    workdir = pathlib.Path(FLAGS.workdir)
+    workdir = remote.path(FLAGS.workdir)
     optimizer = conversion.import_checkpoint(file, contents, config, workdir, FLAGS.fresh_optimizer)
     network = contents.network
     if isinstance(network, MMDiTConfig):
@@ -139,6 +163,21 @@ def bring_in() -> None:
             print(f"{name}: not in the file, a copy of its {other}")
     print(f"optimizer state: {optimizer}")
     print(f"{workdir}: recipe {config.name}, checkpoint of step {file.step}")
+
+
+def fitting(published: ConfigDict, contents: families.Contents) -> ConfigDict | None:
+    """A config that lies beside the file, if it describes it; a method whose head was left out is none any more."""
+    with published.unlocked():
+        heads = {METHODS[name].own_head for name in names_of(published.method.name)} - {""}
+        if heads and not contents.head:
+            published.method.name, published.alignment.enabled = "none", False
+        published.ema.profiles, published.ema.sampled = "", "teacher"
+    try:
+        conversion.check_config(published, contents)
+    except UserError as error:
+        print(f"{card.CONFIG_FILE} beside the file is left aside: {str(error).splitlines()[0]}", file=sys.stderr)
+        return None
+    return published.lock()
 
 
 def recipe(contents: families.Contents, file: TensorFile) -> tuple[ConfigDict, list[str]]:

@@ -43,9 +43,10 @@ if __name__ == "__main__":
 import numpy as np
 from absl import flags
 
-from sra_jax import cli, files, values
+from sra_jax import cli, files, remote, values
 from sra_jax import config as config_lib
 from sra_jax.data import classes
+from sra_jax.distributed import compilation_cache
 from sra_jax.distributed.devices import check_devices
 from sra_jax.errors import UserError
 from sra_jax.evaluation import evaluate, judge
@@ -78,7 +79,7 @@ cli.source_flag(
     "what to compare with: ADM's reference npz, a statistics file from --make_reference, an npz or a folder of images, "
     "a dataset (digits, idx:DIR, imagefolder:DIR, tfds:NAME), or 'dataset', the training set of --workdir",
 )
-cli.path_flag("data_dir", None, "folder of TFDS's sets, for --reference=tfds:NAME; by default TFDS's own")
+cli.path_flag("data_dir", None, "folder of TFDS's sets, for --reference=tfds:NAME; by default TFDS's own", local=True)
 cli.path_flag("workdir", None, "measure samples of this run's checkpoint in place of --samples")
 cli.whole_flag("step", None, "with --workdir: which checkpoint; by default the newest", 0, values.COUNT_LIMIT)
 flags.DEFINE_enum("tree", "ema", ["ema", "params"], "with --workdir: which of the two parameter trees")
@@ -248,10 +249,10 @@ def _judge_run(model: TrainedModel, generator: Generator) -> dict[str, object]:
         )
     found, images = judge.measure(generator, model.params, FLAGS.prompts, FLAGS.num_samples, FLAGS.seed)
     result = {"samples": f"{FLAGS.workdir} step {model.step}", **_made(model, generator), **found}
-    path = runs.write_result(pathlib.Path(FLAGS.workdir), model.step, result)
+    path = runs.write_result(remote.path(FLAGS.workdir), model.step, result)
     print(f"wrote {path}", file=sys.stderr)
     if FLAGS.save_samples:
-        files.write_results({pathlib.Path(FLAGS.save_samples): lambda path: files.write_npz(path, {"arr_0": images})})
+        files.write_results({remote.path(FLAGS.save_samples): lambda path: files.write_npz(path, {"arr_0": images})})
     return result
 
 
@@ -260,7 +261,7 @@ def _measure_run(
     metrics: tuple[str, ...], translation: np.ndarray | None,
 ) -> dict[str, object]:
     """Generate, measure, keep the result in the workdir."""
-    workdir, labels = pathlib.Path(FLAGS.workdir), asked(model, FLAGS.num_samples, FLAGS.seed)
+    workdir, labels = remote.path(FLAGS.workdir), asked(model, FLAGS.num_samples, FLAGS.seed)
     made = _made(model, generator)
     samples = runs.Samples(
         generator, model.params, FLAGS.num_samples, labels, extractor, keep_images=bool(FLAGS.save_samples),
@@ -280,7 +281,7 @@ def _measure_run(
         path = runs.write_result(workdir, model.step, result)
         if FLAGS.save_samples:
             files.write_results(
-                {pathlib.Path(FLAGS.save_samples): lambda path: samples.write_npz(path, model.class_names)}
+                {remote.path(FLAGS.save_samples): lambda path: samples.write_npz(path, model.class_names)}
             )
         samples.forget()
     print(f"wrote {path}", file=sys.stderr)
@@ -306,10 +307,11 @@ def main() -> None:
     """Open everything, refuse what cannot work, then measure."""
     _check_flags()
     check_devices()
+    compilation_cache.use()
     model = generator = samples = None
     if FLAGS.workdir:
-        files.check_output("--workdir", pathlib.Path(FLAGS.workdir) / runs.FOLDER, folder=True)
-        model = TrainedModel(pathlib.Path(FLAGS.workdir), FLAGS.step, FLAGS.tree, sampling_overrides(), FLAGS.ema)
+        files.check_output("--workdir", remote.path(FLAGS.workdir) / runs.FOLDER, folder=True)
+        model = TrainedModel(remote.path(FLAGS.workdir), FLAGS.step, FLAGS.tree, sampling_overrides(), FLAGS.ema)
         chosen = asked(model, 1, FLAGS.seed)  # refuses what does not go with the run
         if not config_lib.tells_captions(model.config):
             labels_for(np.zeros(1, np.int64), chosen, model.config.data.num_classes, FLAGS.seed)  # these classes exist
@@ -363,7 +365,7 @@ def _work(
         with_features = bool(FLAGS.make_reference or evaluate.NEEDS_FEATURES & set(metrics))
         reference = load_reference(source, extractor, with_features=with_features, batch_size=FLAGS.batch_size)
     if FLAGS.make_reference and reference is not None:
-        files.write_results({pathlib.Path(FLAGS.make_reference): lambda path: save_reference(reference, path)})
+        files.write_results({remote.path(FLAGS.make_reference): lambda path: save_reference(reference, path)})
         print(f"wrote {FLAGS.make_reference}", file=sys.stderr)
     if model is not None and generator is not None:
         result = _measure_run(model, generator, reference, extractor, metrics, translation)
@@ -380,7 +382,7 @@ def _report(result: dict[str, object], table: str) -> None:
     line = json.dumps(result)
     print(line)
     if FLAGS.json:
-        files.write_results({pathlib.Path(FLAGS.json): lambda path: files.write_text(path, line + "\n")})
+        files.write_results({remote.path(FLAGS.json): lambda path: files.write_text(path, line + "\n")})
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ if __name__ == "__main__":
 import numpy as np
 from absl import flags
 
-from sra_jax import cli, files, values
+from sra_jax import cli, files, remote, values
 from sra_jax import config as config_lib
 from sra_jax.data import classes
 from sra_jax.data import registry as datasets
@@ -71,22 +71,22 @@ cli.whole_flag("batch_size", 4096, "Of the probe; at most a tenth of the trainin
 cli.number_flag("learning_rate", 1e-3, "Of the probe at its first step.", 0.0, 1000.0)
 cli.whole_flag("extraction_batch_size", 256, "Examples through the network at a time.", 1, values.BATCH_LIMIT)
 cli.whole_flag("seed", 0, "Of the noise and of the probe's order of examples.", 0, values.SEED_LIMIT)
-cli.path_flag("cache", None, "Folder in which features are kept; default: features/ in each workdir.")
+cli.path_flag("cache", None, "Folder in which features are kept; default: features/ in each workdir.", local=True)
 flags.DEFINE_bool("overwrite", False, "Replace the files in --output where they exist.")
 
 
 def main() -> None:
     """Extract, train, write."""
-    output = pathlib.Path(FLAGS.output)
+    output = remote.path(FLAGS.output)
     for name in FILES:
         files.check_output("--output", output / name, FLAGS.overwrite)
     if FLAGS.cache:
         files.check_output("--cache", FLAGS.cache, folder=True)
-    names = FLAGS.names or [pathlib.Path(workdir).name for workdir in FLAGS.workdir]
+    names = FLAGS.names or [remote.path(workdir).name for workdir in FLAGS.workdir]
     if len(names) != len(FLAGS.workdir):
         raise UserError(f"--names gives {len(names)} names for {len(FLAGS.workdir)} workdirs; give one a workdir")
     models = [
-        TrainedModel(pathlib.Path(workdir), FLAGS.step, FLAGS.weights, ema=FLAGS.ema) for workdir in FLAGS.workdir
+        TrainedModel(remote.path(workdir), FLAGS.step, FLAGS.weights, ema=FLAGS.ema) for workdir in FLAGS.workdir
     ]
     depths = {model.config.model.depth for model in models}
     if len(depths) > 1:
@@ -105,7 +105,7 @@ def probe_all(output: pathlib.Path, names: list[str], models: list[TrainedModel]
     """Probe each run and write the files."""
     records = []
     for name, workdir, model in zip(names, FLAGS.workdir, models, strict=True):
-        accuracy = probe_run(model, pathlib.Path(workdir), settings)
+        accuracy = probe_run(model, remote.path(workdir), settings)
         records.append({"name": name, "workdir": workdir, "step": model.step, "accuracy": accuracy.tolist()})
         level, block = np.unravel_index(accuracy.argmax(), accuracy.shape)
         print(
@@ -128,7 +128,7 @@ def probe_run(model: TrainedModel, workdir: pathlib.Path, settings: Settings) ->
     train = np.sort(order[held_out:][: FLAGS.num_examples or None])
     if not FLAGS.test_path and (not held_out or not len(train)):
         raise UserError(f"{len(order)} examples are too few to train and to test a probe on")
-    cache = pathlib.Path(FLAGS.cache) if FLAGS.cache else workdir / "features"
+    cache = pathlib.Path(FLAGS.cache) if FLAGS.cache else features_folder(workdir)
 
     def features(dataset: Dataset, path: str, indices: np.ndarray, part: str) -> FeatureSet:
         with model.config.unlocked():
@@ -142,6 +142,13 @@ def probe_run(model: TrainedModel, workdir: pathlib.Path, settings: Settings) ->
     test_set = features(test, FLAGS.test_path or train_path, indices, "test")
     schedule = Schedule(FLAGS.epochs, FLAGS.batch_size, FLAGS.learning_rate, FLAGS.seed)
     return probe(train_set, test_set, model.config.data.num_classes, schedule)
+
+
+def features_folder(workdir: pathlib.Path) -> pathlib.Path:
+    """Where a run's features are kept: in its folder, and of a run at an address in the folder of copies."""
+    if remote.is_address(workdir):
+        return files.cache_folder() / "features" / remote.place(workdir)
+    return workdir / "features"
 
 
 def open_set(model: TrainedModel, path: str) -> Dataset:

@@ -27,7 +27,7 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from sra_jax import cli, files, values
+from sra_jax import cli, files, remote, values
 from sra_jax import config as config_lib
 from sra_jax.data import classes, images
 from sra_jax.data import registry as datasets
@@ -61,13 +61,13 @@ flags.DEFINE_bool("overwrite", False, "Replace --output where it exists.")
 def main() -> None:
     """Extract, project, draw."""
     output = files.check_output("--output", FLAGS.output, FLAGS.overwrite)
-    names = FLAGS.names or [pathlib.Path(workdir).name for workdir in FLAGS.workdir]
+    names = FLAGS.names or [remote.path(workdir).name for workdir in FLAGS.workdir]
     if len(names) != len(FLAGS.workdir) or len(set(names)) != len(names):
         raise UserError(f"--names={','.join(names)}: give one name of its own to each of {len(FLAGS.workdir)} workdirs")
     if FLAGS.image and FLAGS.condition == "true":
         raise UserError("--condition=true needs a label, which --image has not; use --example")
     models = [
-        TrainedModel(pathlib.Path(workdir), FLAGS.step, FLAGS.weights, ema=FLAGS.ema) for workdir in FLAGS.workdir
+        TrainedModel(remote.path(workdir), FLAGS.step, FLAGS.weights, ema=FLAGS.ema) for workdir in FLAGS.workdir
     ]
     depth = min(model.config.model.depth for model in models)
     settings = Settings(parse_blocks(FLAGS.blocks, depth), parse_levels(FLAGS.levels), FLAGS.condition, FLAGS.seed)
@@ -92,7 +92,7 @@ def run(model: TrainedModel, settings: Settings) -> tuple[np.ndarray, np.ndarray
     dataset = datasets.load(model.config.data)
     classes.check_same(model.class_names, dataset.class_names, model.config.data.path or model.config.data.name)
     if FLAGS.image:
-        example = datasets.example_from_image(model.config.data, read_image(pathlib.Path(FLAGS.image)))
+        example = datasets.example_from_image(model.config.data, read_image(files.local(FLAGS.image)))
     else:
         if FLAGS.example >= len(dataset.source):
             raise UserError(f"--example={FLAGS.example}: examples run from 0 to {len(dataset.source) - 1}")

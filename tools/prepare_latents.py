@@ -73,6 +73,7 @@ from sra_jax.data.image_sources import ImageSource, open_images
 from sra_jax.data.images import CROPS
 from sra_jax.data.moments import MomentsFolder
 from sra_jax.data.preparation import ImageEncoder, MomentsCopier, prepare
+from sra_jax.distributed import compilation_cache
 from sra_jax.distributed.devices import check_devices
 from sra_jax.errors import UserError
 from sra_jax.interop import autoencoder, clip_text
@@ -82,8 +83,10 @@ EXIT_DAMAGED = 4
 
 FLAGS = flags.FLAGS
 cli.source_flag("source", None, "Where the images are: see above.")
-cli.path_flag("output", None, "Folder of the latents; made if it does not exist.")
-cli.path_flag("data_dir", None, "With tfds: the folder of its sets; by default TFDS's own, or TFDS_DATA_DIR.")
+cli.path_flag("output", None, "Folder of the latents; made if it does not exist.", local=True)
+cli.path_flag(
+    "data_dir", None, "With tfds: the folder of its sets; by default TFDS's own, or TFDS_DATA_DIR.", local=True
+)
 cli.whole_flag("image_size", 256, "Side of the cropped images in pixels.", 1, 16_384)
 cli.path_flag(
     "vae",
@@ -108,6 +111,7 @@ cli.paths_flag(
     "features", None,
     "Store an encoder's features beside the latents in --output: a folder of .npy files (tokens, channels), one an "
     "example in the source's order, or one .npy file (examples, tokens, channels); several encoders with commas.",
+    local=True,
 )
 cli.path_flag(
     "text_encoder", clip_text.DEFAULT_CLIP,
@@ -235,6 +239,7 @@ def main() -> int:
         raise UserError("--source is missing, for example --source=imagefolder:/data/train")
     files.check_output("--output", FLAGS.output, folder=True)
     check_devices()
+    compilation_cache.use()
     index, count = processes()
     captioned = is_captioned(FLAGS.source)
     if not captioned:

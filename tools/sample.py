@@ -34,7 +34,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from sra_jax import cli, files, values
+from sra_jax import cli, files, remote, values
 from sra_jax import config as config_lib
 from sra_jax.errors import UserError
 from sra_jax.runs.trained import TrainedModel
@@ -72,7 +72,7 @@ def main() -> None:
     outputs = {flag: path for flag in ("output", "grid") if (path := FLAGS[flag].value)}
     for flag, path in outputs.items():
         files.check_output(f"--{flag}", path, FLAGS.overwrite)
-    model = TrainedModel(pathlib.Path(FLAGS.workdir), FLAGS.step, FLAGS.weights, sampling_overrides(), FLAGS.ema)
+    model = TrainedModel(remote.path(FLAGS.workdir), FLAGS.step, FLAGS.weights, sampling_overrides(), FLAGS.ema)
     chosen_labels = asked(model, FLAGS.num_samples, FLAGS.seed)
     if said := describe_labels(chosen_labels, model.class_names):
         print(f"labels: {said}", file=sys.stderr)
@@ -102,9 +102,9 @@ def make(model: TrainedModel, generator: Generator, chosen_labels: Asked) -> Non
             arrays["prompts"] = np.array(chosen_labels)
         if model.class_names is not None:
             arrays["class_names"] = np.array(model.class_names)
-        results[pathlib.Path(FLAGS.output)] = lambda path: files.write_npz(path, arrays)
+        results[remote.path(FLAGS.output)] = lambda path: files.write_npz(path, arrays)
     if FLAGS.grid:
-        results[pathlib.Path(FLAGS.grid)] = lambda path: files.write_png(path, class_rows(images, labels))
+        results[remote.path(FLAGS.grid)] = lambda path: files.write_png(path, class_rows(images, labels))
     files.write_results(results)
     if FLAGS.output:
         print(f"{FLAGS.output}: arr_0 {images.shape} uint8, arr_1 {labels.shape}")

@@ -38,7 +38,7 @@ FLAGS = flags.FLAGS
 
 def define_flags() -> None:
     """Flags of the commands data and vae."""
-    cli.path_flag("folder", None, "Where test data is made, on the disk that is measured.")
+    cli.path_flag("folder", None, "Where test data is made, on the disk that is measured.", local=True)
     cli.whole_flag("examples", 8192, "read: examples, with 32x32x4 means and standard deviations.", 1, 10_000_000)
     cli.whole_flag("shard_size", 4096, "read: examples a shard.", 1, values.BATCH_LIMIT)
     cli.whole_flag("batch_size", 256, "Examples a batch (read), images (encode: 4 is enough).", 1, values.BATCH_LIMIT)

@@ -8,7 +8,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
-from sra_jax import values
+from sra_jax import remote, values
 from sra_jax.config.keys import flatten
 from sra_jax.config.objects import method_names
 from sra_jax.errors import UserError
@@ -37,9 +37,9 @@ def load(text: str) -> ConfigDict:
     """
     given = f"--{NAME}={text}"
     name, colon, variant = text.partition(":")
-    if values.SCHEME.match(text):
-        values.path(f"--{NAME}", text)
-    path = Path(values.path(f"--{NAME}", name))
+    if remote.is_address(text):
+        values.path(f"--{NAME}", text, local=True)
+    path = Path(values.path(f"--{NAME}", name, local=True))
     if not path.exists() and path.parts[0] == "configs":
         path = PROJECT / path
     if path.is_dir():

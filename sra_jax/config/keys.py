@@ -21,8 +21,8 @@ EMA_SCHEDULES = ("constant", "cosine")
 
 FREE_KEYS = (
     "steps", "epochs", "examples", "log_every", "sample_every", "checkpoint_every", "keep", "keep_every",
-    "accumulation", "data.path", "data.workers", "data.vae", "data.text_encoder", "mesh", "model.attention",
-    "model.remat", "sampling", "evaluation", "ema.sampled",
+    "accumulation", "data.path", "data.cache", "data.workers", "data.vae", "data.text_encoder", "mesh",
+    "model.attention", "model.remat", "sampling", "evaluation", "ema.sampled", "compilation_cache",
 )  # fmt: skip
 """Keys, or groups of keys, that a resumed run may change: they move no number beyond rounding. The length of
 the run is free as long as no schedule depends on it."""
@@ -50,9 +50,11 @@ def default() -> ConfigDict:
             "checkpoint_every": 10_000,  # steps between checkpoints; the last step is always saved
             "keep": 3,  # newest checkpoints that are kept
             "keep_every": 0,  # checkpoints of every so many steps are kept for good; 0: none
+            "compilation_cache": "",  # folder of compiled programs, or off; empty: programs/ in ~/.cache/sra_jax
             "data": {
                 "name": "synthetic",  # digits, latents, pixels or synthetic
-                "path": "",  # latents: the folder that tools/prepare_latents.py made; pixels: idx:DIR and the like
+                "path": "",  # latents: folder or address of prepared ones; pixels: idx:DIR and the like
+                "cache": "",  # local folder for copies of latents at an address (gs://); empty: in ~/.cache/sra_jax
                 "image_size": 32,  # height and width that the model sees
                 "channels": 4,  # of what the model sees: 4 for latents, 1 or 3 for pixels
                 "num_classes": 1000,  # labels run from 0 to one less; the number itself is the null; 0: captions

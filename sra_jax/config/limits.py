@@ -103,8 +103,14 @@ RANGES: Mapping[str, Range] = {
 }
 """Every key that holds a number, but for `method.*`: a method checks its own."""
 
-PATHS = ("init_from", "data.path", "data.vae", "data.text_encoder", "evaluation.reference", "evaluation.weights")
+PATHS = (
+    "init_from", "compilation_cache", "data.path", "data.vae", "data.text_encoder", "evaluation.reference",
+    "evaluation.weights",
+)  # fmt: skip
 """Every key that holds a path, where it holds anything."""
+
+LOCAL_PATHS = ("data.cache",)
+"""Every key that holds a path which cannot be an address."""
 
 
 def check_numbers(config: ConfigDict) -> None:
@@ -137,17 +143,19 @@ def check_sizes(config: ConfigDict) -> None:
         raise UserError(f"model.mlp_ratio={model.mlp_ratio} of model.width={model.width} leaves the MLP no width")
 
 
-def local_paths(config: ConfigDict) -> None:
+def expand_paths(config: ConfigDict) -> None:
     """Expand `~` in the keys that hold paths, in place.
 
     Raises:
-      UserError: an address with a scheme, such as gs://.
+      UserError: an address that nothing here reads, or one where the path must be local.
     """
-    for key in PATHS:
+    for key in (*PATHS, *LOCAL_PATHS):
         group, _, name = key.rpartition(".")
         part = config[group] if group else config
         if part.get(name):
-            part[name] = values.source(f"--config.{key}", part[name])
+            flag = f"--config.{key}"
+            local = key in LOCAL_PATHS
+            part[name] = values.path(flag, part[name], local) if local else values.source(flag, part[name])
 
 
 def workers_here(cores: int) -> int:

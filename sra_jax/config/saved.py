@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from sra_jax import files
 from sra_jax.config.flag import check_read
 from sra_jax.config.keys import CAPTION_KEYS, FREE_KEYS, default, flatten, tell_captions
-from sra_jax.config.limits import local_paths
+from sra_jax.config.limits import expand_paths
 from sra_jax.config.objects import method_names, tells_captions
 from sra_jax.diffusion.registry import process_defaults
 from sra_jax.errors import UserError
@@ -154,5 +154,5 @@ def from_flag(value: ConfigDict | None, flag_values: flags.FlagValues = flags.FL
         raise UserError("--config is missing: name a recipe, such as --config=configs/digits.py")
     config = value.copy_and_resolve_references()
     check_read(config, flag_values)
-    local_paths(config)
+    expand_paths(config)
     return config

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from array_record.python import array_record_module
 
-from sra_jax import files
+from sra_jax import files, remote
 from sra_jax.data import record_files, shards
 from sra_jax.data.caption_sources import usable
 from sra_jax.data.captions import ENCODED_TOGETHER, Captions, TextEncoder, turn
@@ -75,11 +75,11 @@ def read(folder: str | os.PathLike) -> Stored | None:
     Raises:
       UserError: captions.json is something else.
     """
-    path = Path(folder).expanduser() / FILE
-    if not path.exists():
+    path = remote.path(folder).expanduser() / FILE
+    if not files.exists(path):
         return None
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(files.read_text(path))
         if values["format"] != FORMAT:
             raise ValueError(f"its format is {values['format']!r}, this version reads {FORMAT!r}")
         if any(Path(shard["file"]).name != shard["file"] for shard in values["shards"]):
@@ -102,9 +102,9 @@ def read_null(folder: str | os.PathLike) -> Captions:
     Raises:
       UserError: its file is missing or damaged.
     """
-    path = Path(folder).expanduser() / NULL_FILE
+    path = remote.path(folder).expanduser() / NULL_FILE
     try:
-        with np.load(path) as arrays:
+        with np.load(files.local(path)) as arrays:
             return {"context": arrays["context"], "end": arrays["end"]}
     except (OSError, ValueError, KeyError, EOFError) as error:
         raise UserError(f"{path} is missing or damaged ({error}): {AGAIN}") from error

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from array_record.python import array_record_module
 
-from sra_jax import files
+from sra_jax import files, remote
 from sra_jax.data import record_files, shards
 from sra_jax.data.image_files import is_system_name
 from sra_jax.errors import UserError
@@ -108,11 +108,11 @@ def read(folder: str | os.PathLike) -> Features | None:
     Raises:
       UserError: features.json is something else.
     """
-    path = Path(folder).expanduser() / FILE
-    if not path.exists():
+    path = remote.path(folder).expanduser() / FILE
+    if not files.exists(path):
         return None
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(files.read_text(path))
         if values["format"] != FORMAT:
             raise ValueError(f"its format is {values['format']!r}, this version reads {FORMAT!r}")
         tokens = shards.whole("tokens", values["tokens"], 1, 2**24)

@@ -157,13 +157,15 @@ def load(data: Any) -> Dataset:
         )
     if not manifest.examples:
         raise UserError(f"{data.path} holds no example: every image of {manifest.source} was unreadable")
-    shards.check_sizes(data.path, manifest)
+    folder = shards.local_folder(data.path, manifest.shards, data.get("cache", ""))
+    shards.check_sizes(folder, manifest)
     scale, shift = manifest.vae_config.scaling_factor, manifest.vae_config.shift_factor
-    source: LatentSource | caption_shards.WithCaptions = LatentSource(data.path, manifest)
+    source: LatentSource | caption_shards.WithCaptions = LatentSource(str(folder), manifest)
     null = text = None
     if captioned:
         stored = _captions(data)
-        source = caption_shards.WithCaptions(source, data.path, stored)
+        shards.local_folder(data.path, stored.shards, data.get("cache", ""))  # beside the latents
+        source = caption_shards.WithCaptions(source, str(folder), stored)
         null = caption_shards.read_null(data.path)
         text = text_encoder(data) if stored.form == "ids" else None
     return Dataset(

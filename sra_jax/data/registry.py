@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from sra_jax import config as config_lib
-from sra_jax.data import digits, digits_captions, features, latents, pixels, synthetic
+from sra_jax.data import digits, digits_captions, features, latents, pixels, shards, synthetic
 from sra_jax.data.caption_shards import WithCaptions
 from sra_jax.data.captions import Encoder
 from sra_jax.data.dataset import Dataset, Decoder, Example
@@ -82,11 +82,12 @@ def training_set(config: ConfigDict) -> Dataset:
             f"the features in {config.data.path} have {stored.tokens} tokens and widths {stored.widths}; model.patch="
             f"{config.model.patch} makes {tokens} tokens, and the method's widths are {widths}"
         )
+    folder = str(shards.local_folder(config.data.path, stored.shards, config.data.get("cache", "")))
     source = dataset.source
     if isinstance(source, WithCaptions):
-        both = source.over(features.WithFeatures(source.latents, config.data.path, stored))
+        both = source.over(features.WithFeatures(source.latents, folder, stored))
         return dataclasses.replace(dataset, source=both)
-    return dataclasses.replace(dataset, source=features.WithFeatures(source, config.data.path, stored))
+    return dataclasses.replace(dataset, source=features.WithFeatures(source, folder, stored))
 
 
 def decoder(data: ConfigDict) -> Decoder:

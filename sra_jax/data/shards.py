@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from array_record.python import array_record_module
 
-from sra_jax import files
+from sra_jax import files, remote
 from sra_jax.data import record_files
 from sra_jax.data.image_files import is_system_name
 from sra_jax.errors import RunError, UserError
@@ -228,16 +228,44 @@ def read_manifest(folder: str | os.PathLike) -> Manifest:
     Raises:
       UserError: there is no such folder, no manifest, or a preparation that has not ended.
     """
-    path = Path(folder).expanduser() / MANIFEST_FILE
-    if not path.is_file():
-        if (path.parent / PROGRESS_FOLDER).is_dir():
+    path = _at(folder) / MANIFEST_FILE
+    try:
+        there = path.is_file() if not remote.is_address(path) else files.exists(path)
+        part = not there and (path.parent / PROGRESS_FOLDER).is_dir()
+    except remote.Unreachable as error:
+        raise remote.unreachable("data.path", path.parent, error) from error
+    if not there:
+        if part:
             raise UserError(f"{path.parent} is prepared only in part: run tools/prepare_latents.py again to finish it")
         raise UserError(f"no prepared latents at {path.parent}: it has no {MANIFEST_FILE} (tools/prepare_latents.py)")
     try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
+        text = files.read_text(path)
+    except (OSError, UserError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     return Manifest.from_json(text, str(path))
+
+
+def _at(folder: str | os.PathLike) -> Path:
+    """A folder as a path; `~` is expanded."""
+    return remote.path(folder) if remote.is_address(folder) else Path(folder).expanduser()
+
+
+def local_folder(folder: str | os.PathLike, shards: Iterable[Shard], cache: str = "") -> Path:
+    """A local folder with these shards: the folder itself, or one with copies where it is an address.
+
+    Copies are made once a machine and kept; their checksums are compared when they are made.
+
+    Args:
+      folder: that holds the shards.
+      shards: as its manifest names them.
+      cache: where copies lie; by default `staged` in `files.cache_folder()`.
+
+    Raises:
+      UserError: a shard is missing, or not what was written, or there is no room.
+    """
+    if not remote.is_address(folder):
+        return _at(folder)
+    return files.local_folder(folder, [(shard.file, shard.bytes, shard.sha256) for shard in shards], cache or None)
 
 
 def check_sizes(folder: str | os.PathLike, manifest: Manifest) -> None:

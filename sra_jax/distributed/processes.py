@@ -21,7 +21,7 @@ import jax
 from absl import flags
 from jax.experimental import multihost_utils
 
-from sra_jax import cli, files
+from sra_jax import cli, files, remote
 from sra_jax.errors import Interrupted, Preempted, RunError, UserError
 
 HEARTBEAT_SECONDS = 300
@@ -178,14 +178,18 @@ class Watch:
     """
 
     def __init__(self, folder: Path, seconds: float | None = None):
-        self._folder, self._me, self._count = Path(folder), jax.process_index(), jax.process_count()
+        self._folder, self._me, self._count = remote.path(folder), jax.process_index(), jax.process_count()
         self._ended = threading.Event()
         if self._count > 1:
             self._seconds = flags.FLAGS.heartbeat_seconds if seconds is None else seconds
+            self._watched = [index for index in range(self._count) if index != self._me]
+            if remote.is_address(self._folder) and self._me:
+                self._watched = [0]  # each request to a bucket costs: process 0 looks at all, the others at it
 
     def __enter__(self) -> "Watch":
         if self._count > 1:
-            self._folder.mkdir(exist_ok=True)
+            if not remote.is_address(self._folder):
+                self._folder.mkdir(exist_ok=True)
             self._write(None)
             wait_for_all("watch")  # no file is of an earlier run after this
             threading.Thread(target=self._look, name="watch", daemon=True).start()
@@ -207,7 +211,7 @@ class Watch:
         for _ in range(3):
             time.sleep(BEAT_SECONDS)
             with contextlib.suppress(OSError):
-                now = (self._folder / str(self._me)).stat().st_mtime
+                now = files.modified(self._folder / str(self._me))
                 for name, silent, ended in self._others(now):
                     if ended is not None:
                         return f"{name} has ended: {ended}"
@@ -216,7 +220,7 @@ class Watch:
         return None
 
     def _others(self, now: float) -> list[tuple[str, float, str | None]]:
-        return [self._state(index, now) for index in range(self._count) if index != self._me]
+        return [self._state(index, now) for index in self._watched]
 
     def _write(self, ended: str | None) -> None:
         record = {"host": socket.gethostname(), "pid": os.getpid(), "ended": ended}
@@ -226,8 +230,8 @@ class Watch:
         own, said = self._folder / str(self._me), 0.0
         while not self._ended.wait(BEAT_SECONDS):
             try:
-                os.utime(own)
-                now = own.stat().st_mtime  # by the clock of whoever stamps the files
+                files.touch(own)
+                now = files.modified(own)  # by the clock of whoever stamps the files
                 others = self._others(now)
             except OSError:
                 continue  # a file system that is away for a moment
@@ -247,8 +251,8 @@ class Watch:
     def _state(self, index: int, now: float) -> tuple[str, float, str | None]:
         """A process by name, the seconds of its silence, and what ended it."""
         path = self._folder / str(index)
-        record = json.loads(path.read_text())
-        return f"process {index} (pid {record['pid']} on {record['host']})", now - path.stat().st_mtime, record["ended"]
+        record = json.loads(files.read_text(path))
+        return f"process {index} (pid {record['pid']} on {record['host']})", now - files.modified(path), record["ended"]
 
     def _end(self, why: str) -> None:
         if self._ended.is_set():

@@ -20,7 +20,7 @@ from sra_jax.evaluation.classifier import (
 )
 from sra_jax.evaluation.features import Extractor
 from sra_jax.evaluation.images import ImageSet
-from sra_jax.interop.cache import cache_folder
+from sra_jax.files import cache_folder
 from sra_jax.interop.inception import InceptionWeights, load_weights, random_weights
 from sra_jax.interop.safetensors_tree import checksum
 from sra_jax.models.inception import Inception

@@ -18,6 +18,7 @@ from sra_jax.data import image_files
 from sra_jax.data.image_files import IMAGE_SUFFIXES
 from sra_jax.data.images import UnreadableImageError, opened
 from sra_jax.errors import UserError
+from sra_jax.files import local
 
 IN_MEMORY_BATCH = 256
 
@@ -262,7 +263,7 @@ def open_images(path: str | Path, *, name: str | None = None) -> ImageSet:
     Raises:
       UserError: it is neither, or damaged; see `open_npz` and `open_folder`.
     """
-    path = Path(path)
+    path = local(path)
     if path.is_dir():
         return open_folder(path, name=name)
     if path.suffix == ".npz":

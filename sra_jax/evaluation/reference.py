@@ -65,7 +65,7 @@ def stored_metadata(path: str | Path | ImageSet) -> Stored | None:
     """
     if isinstance(path, ImageSet):
         return None
-    path = Path(path)
+    path = files.local(path)
     if path.is_dir():
         return None
     if not path.exists():
@@ -99,7 +99,7 @@ def holds_inception_statistics(path: str | Path | ImageSet) -> bool:
     """
     if isinstance(path, ImageSet) or stored_metadata(path):
         return False
-    path = Path(path)
+    path = files.local(path)
     return path.suffix == ".npz" and not path.is_dir() and set(POOL) <= set(npz_names(path))
 
 
@@ -116,7 +116,7 @@ def parts_of(path: str | Path | ImageSet, extractor: Extractor) -> frozenset[str
     """Which of `pool`, `spatial` and `features` a source can give, told without loading it."""
     if isinstance(path, ImageSet) or not (stored_metadata(path) or holds_inception_statistics(path)):
         return frozenset({"pool", "features"} | {"spatial"} & extractor.outputs)
-    names = set(npz_names(Path(path)))
+    names = set(npz_names(files.local(path)))
     given = {"spatial": set(SPATIAL) <= names, "features": bool({"features", "arr_0"} & names)}
     return frozenset({"pool"} | {part for part, there in given.items() if there})
 
@@ -138,7 +138,7 @@ def image_size_of(path: str | Path | ImageSet) -> tuple[int, int] | None:
         return path.shape[1:3]
     if stored := stored_metadata(path):
         return stored.image_size
-    return None if "arr_0" not in npz_names(Path(path)) else open_images(path).shape[1:3]
+    return None if "arr_0" not in npz_names(files.local(path)) else open_images(path).shape[1:3]
 
 
 def make_reference(
@@ -274,7 +274,7 @@ def load_reference(
     """
     if isinstance(path, ImageSet):
         return make_reference(path, extractor, batch_size=batch_size, progress=progress)
-    path = Path(path)
+    path = files.local(path)
     metadata = stored_metadata(path)
     if metadata:
         return _load_stored(path, metadata, extractor)

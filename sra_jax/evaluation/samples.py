@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import shutil
 import sys
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from sra_jax import files
+from sra_jax import files, remote
 from sra_jax.errors import RunError, UserError
 from sra_jax.evaluation.classifier import check_labelled
 from sra_jax.evaluation.datasets import OWN, dataset_images, is_dataset, named_images
@@ -109,7 +108,7 @@ class Samples:
     def kept(self) -> int:
         """How many samples an earlier attempt left, which need not be made again."""
         bounds = [(start, min(start + CHUNK, self.count)) for start in range(0, self.count, CHUNK)]
-        return sum(stop - start for start, stop in bounds if self.folder and self._path(start, stop).exists())
+        return sum(stop - start for start, stop in bounds if self.folder and files.exists(self._path(start, stop)))
 
     def features(self, description: str = "samples") -> Iterator[tuple[Features, np.ndarray]]:
         """Features and labels of all samples in order; whole chunks of an earlier attempt are read, not made."""
@@ -127,10 +126,11 @@ class Samples:
     def _kept(self, start: int, stop: int) -> dict[str, np.ndarray] | None:
         """A chunk of an earlier attempt; None where there is none, or a damaged one, which is made anew."""
         path = self.folder and self._path(start, stop)
-        if not path or not path.exists():
+        if not path or not files.exists(path):
             return None
         try:
-            chunk = read_npz(path, npz_names(path))
+            copy = files.local(path)
+            chunk = read_npz(copy, npz_names(copy))
             if {len(values) for values in chunk.values()} != {stop - start} or not {"pool", "labels"} <= chunk.keys():
                 raise UserError(f"{path} does not hold {stop - start} samples")
         except UserError as error:
@@ -181,7 +181,7 @@ class Samples:
           class_names: kept beside, as `class_names`, where they are known.
         """
         chunks = [self._path(start, min(start + CHUNK, self.count)) for start in range(0, self.count, CHUNK)]
-        first = read_npz(chunks[0], ["images"])["images"]
+        first = read_npz(files.local(chunks[0]), ["images"])["images"]
         labels = []
         with (
             files.whole(path) as unfinished,
@@ -191,7 +191,7 @@ class Samples:
                 header = {"descr": "|u1", "fortran_order": False, "shape": (self.count, *first.shape[1:])}
                 np.lib.format.write_array_header_2_0(member, header)
                 for path_of_chunk in chunks:
-                    chunk = read_npz(path_of_chunk, ["images", "labels"])
+                    chunk = read_npz(files.local(path_of_chunk), ["images", "labels"])
                     member.write(chunk["images"].tobytes())
                     labels.append(chunk["labels"])
             with archive.open("arr_1.npy", "w", force_zip64=True) as member:
@@ -203,22 +203,21 @@ class Samples:
     def forget(self) -> None:
         """Delete the kept chunks."""
         if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            files.remove_folder(self.folder)
 
 
 def unfinished_folder(workdir: Path, dependencies: Mapping[str, Any]) -> Path:
     """Where chunks of samples are kept that depend on exactly these values."""
     text = json.dumps(dependencies, sort_keys=True, default=str)
-    return Path(workdir) / FOLDER / f"unfinished_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    return remote.path(workdir) / FOLDER / f"unfinished_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def write_result(workdir: Path, step: int, result: Mapping[str, Any]) -> Path:
     """<workdir>/evaluation/step_*.json; a second result of the same step gets a number, none is replaced."""
-    folder = Path(workdir) / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = remote.path(workdir) / FOLDER
     path = folder / f"step_{step:07d}.json"
     copies = 1
-    while path.exists():
+    while files.exists(path):
         copies += 1
         path = folder / f"step_{step:07d}_{copies}.json"
     files.write_results({path: lambda path: files.write_text(path, json.dumps(result, indent=2) + "\n")})

@@ -227,7 +227,7 @@ def extract_to_disk(
     """
     manifest = {
         "checkpoint": model.fingerprint(), "settings": dataclasses.asdict(settings),
-        "data": {k: v for k, v in model.config.data.to_dict().items() if k != "workers"},
+        "data": {k: v for k, v in model.config.data.to_dict().items() if k not in ("workers", "cache")},
         "examples": len(dataset.source), "indices": hashlib.sha256(np.asarray(indices, np.int64).tobytes()).hexdigest(),
     }  # fmt: skip
     text = json.dumps(manifest, indent=2, sort_keys=True)

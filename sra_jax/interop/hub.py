@@ -2,16 +2,14 @@
 
 import dataclasses
 import hashlib
-import os
 import re
-import urllib.request
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from sra_jax import files
+from sra_jax import files, remote
 from sra_jax.errors import UserError
 
 
@@ -36,14 +34,16 @@ def find(name: str, file: str, kind: Kind) -> Path:
     """The path of one of a model's files, fetched into the cache if `name` is a Hugging Face id.
 
     Args:
-      name: a folder, or a Hugging Face id `owner/name` (`owner/name/folder` for a folder inside a repository), fetched
-        once into a cache in `$XDG_CACHE_HOME/sra_jax` (by default ~/.cache/sra_jax).
+      name: a folder, which may lie at an address (gs://..., hf://owner/name[/folder][@revision]), or a Hugging Face id
+        `owner/name` (`owner/name/folder` for a folder inside a repository), fetched once into `files.cache_folder()`.
       file: the file's name.
       kind: of the model.
 
     Raises:
       UserError: the file is not in the folder, or cannot be fetched.
     """
+    if remote.is_address(name):
+        return files.local(remote.inside(name, file))
     folder = Path(name).expanduser()
     if folder.is_dir():
         if (folder / file).is_file():
@@ -57,30 +57,18 @@ def find(name: str, file: str, kind: Kind) -> Path:
         raise UserError(
             f"no {kind.what} at {name!r}: give a folder that exists or a Hugging Face id such as {kind.example}"
         )
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    cache = caches / "sra_jax" / kind.cache / name.replace("/", "--")
+    cache = files.cache_folder() / kind.cache / name.replace("/", "--")
     if not (cache / file).is_file():
-        host = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-        _fetch(f"{host}/{identity.group(1)}/resolve/main{identity.group(2)}/{file}", cache / file, name, kind)
+        address = f"hf://{name}/{file}"
+        try:
+            with files.whole(cache / file) as unfinished:
+                remote.download(address, unfinished)
+        except OSError as error:  # FileNotFoundError and Unreachable are such
+            raise UserError(
+                f"{name!r} is no folder here, and {address} cannot be fetched ({error.strerror or error}). Download "
+                f"{kind.needs} of {name} on a machine with a network, put them into one folder and give that folder"
+            ) from error
     return cache / file
-
-
-def _fetch(url: str, path: Path, name: str, kind: Kind) -> None:
-    """Download `url` to `path`, which appears only when whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with urllib.request.urlopen(url, timeout=60) as response, files.whole(path) as temporary:
-            length = response.headers.get("Content-Length")
-            with open(temporary, "wb") as file:
-                while block := response.read(1 << 20):
-                    file.write(block)
-            if length is not None and temporary.stat().st_size != int(length):
-                raise OSError(f"{temporary.stat().st_size} of {length} bytes arrived")
-    except OSError as error:  # URLError, HTTPError and time-outs are OSErrors
-        raise UserError(
-            f"{name!r} is no folder here, and {url} cannot be fetched ({error}). Download {kind.needs} of {name} on a "
-            "machine with a network, put them into one folder and give that folder"
-        ) from error
 
 
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:

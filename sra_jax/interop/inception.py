@@ -21,7 +21,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from sra_jax.errors import UserError
-from sra_jax.interop.cache import cache_folder
+from sra_jax.files import cache_folder
 from sra_jax.interop.safetensors_tree import checksum, read_safetensors, write_safetensors
 from sra_jax.interop.torch_file import read_torch_file
 from sra_jax.models.inception import Inception

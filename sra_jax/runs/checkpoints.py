@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from sra_jax import files
+from sra_jax import files, remote
 from sra_jax.distributed import processes
 from sra_jax.errors import RunError, UserError
 from sra_jax.runs import CHECKSUMS, PROFILES, TREES, checksums
@@ -32,6 +32,14 @@ UNCHECKED = "was saved without checksums: damage in its arrays would go unnotice
 def _trees(state: TrainState) -> dict[str, Any]:
     """What of a state makes an item of its own: the further EMAs only where there are some."""
     return {name: getattr(state, name) for name in (*TREES, *([PROFILES] if state.profiles else []))}
+
+
+def check_writable(flag: str, workdir: Path) -> None:
+    """Raises a `UserError` where no run can be kept at an address, or it cannot be written."""
+    if remote.scheme(workdir) not in remote.CHECKPOINTS:
+        allowed = " and ".join(f"{scheme}://" for scheme in remote.CHECKPOINTS)
+        raise UserError(f"{flag}={workdir}: runs are kept in local folders and at {allowed} (orbax's checkpoints)")
+    files.check_output(flag, workdir, folder=True)
 
 
 class Damaged(Exception):
@@ -68,7 +76,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: Path, keep: int | None = None, read_only: bool = False, keep_every: int = 0):
-        self.directory = Path(workdir).absolute() / "checkpoints"
+        self.directory = files.absolute(workdir) / "checkpoints"
         files.check_plain(self.directory, folder=True)
         kept: list[Any] = [ocp.checkpoint_managers.LatestN(keep)]
         if keep_every:
@@ -186,10 +194,10 @@ class Checkpoints:
         """Items of a checkpoint, and the checksums; None where it was saved without them."""
         wanted = {name: ocp.args.StandardRestore(abstract) for name, abstract in trees.items()}
         folder = self.directory / str(step)
-        for path in folder.rglob("*"):
+        for path in () if remote.is_address(folder) else folder.rglob("*"):
             if not path.is_dir():
                 files.check_plain(path)  # reading a pipe would wait for ever
-        with_sums = (folder / CHECKSUMS).exists()
+        with_sums = files.exists(folder / CHECKSUMS)
         for name, there in (("meta", with_meta), (CHECKSUMS, with_sums)):
             if there:
                 wanted[name] = ocp.args.JsonRestore()
@@ -223,7 +231,7 @@ class Checkpoints:
             except Damaged as damage:
                 messages.append(f"checkpoint {self.directory / str(step)} is damaged ({damage})")
                 continue
-            checked = (self.directory / str(step) / CHECKSUMS).exists()
+            checked = files.exists(self.directory / str(step) / CHECKSUMS)
             if messages:
                 self._manager.close()
                 for damaged in [s for s in steps if s > step]:
@@ -293,13 +301,12 @@ class Checkpoints:
         if jax.process_index() != 0:
             return
         folder = self.directory.parent / "damaged_checkpoints"
-        folder.mkdir(exist_ok=True)
         target = folder / str(step)
         copies = 1
-        while target.exists():
+        while files.exists(target):
             copies += 1
             target = folder / f"{step}_{copies}"
-        os.replace(self.directory / str(step), target)
+        files.move_folder(self.directory / str(step), target)
 
 
 @contextlib.contextmanager

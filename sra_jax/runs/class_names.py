@@ -23,10 +23,10 @@ def read(workdir: Path, num_classes: int) -> tuple[str, ...] | None:
       UserError: the file holds something else.
     """
     path = workdir / CLASSES
-    if not path.is_file():
+    if not files.exists(path):
         return None
     try:
-        names = json.loads(path.read_text())
+        names = json.loads(files.read_text(path))
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError("it is no list of names")
         if len(names) != num_classes:

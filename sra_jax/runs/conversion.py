@@ -4,7 +4,6 @@ Nothing is held in memory whole but one of the four trees of a run at a time: pa
 """
 
 import ctypes
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
 from sra_jax import config as config_lib
-from sra_jax import files
+from sra_jax import files, remote
 from sra_jax.errors import UserError
 from sra_jax.interop import mmdit
 from sra_jax.interop.families import REVERSED, Contents, to_original_sit
@@ -28,6 +27,7 @@ from sra_jax.models.flops import Shape
 from sra_jax.models.mmdit import MMDiTConfig
 from sra_jax.models.transformer import TransformerConfig
 from sra_jax.runs import CHECKSUMS, CONFIG, TREES, checksums
+from sra_jax.runs.checkpoints import check_writable
 from sra_jax.runs.state import Networks, make_optimizer
 from sra_jax.runs.trained import TrainedModel
 
@@ -108,7 +108,8 @@ def import_checkpoint(
       file: an opened checkpoint; a group that it lacks (params or ema) is taken from the other.
       contents: as `families.describe` gives it.
       config: the run's.
-      workdir: must not exist, or be empty; appears whole or not at all.
+      workdir: must not exist, or be empty; appears whole or not at all. At an address config.json comes last, without
+        which it is no run.
       fresh_optimizer: start the optimizer anew although the file holds its state.
 
     Returns:
@@ -164,7 +165,7 @@ def write_run(workdir: Path, config: ConfigDict, step: int, trees: Mapping[str, 
     """A run's folder with one checkpoint, each tree made, written and dropped in turn.
 
     Args:
-      workdir: appears whole or not at all.
+      workdir: appears whole or not at all; at an address config.json comes last.
       config: the run's.
       step: the checkpoint's.
       trees: params, ema and opt_state, made when they are called.
@@ -172,6 +173,12 @@ def write_run(workdir: Path, config: ConfigDict, step: int, trees: Mapping[str, 
     Raises:
       UserError: the folder holds something, another program is writing it, or an array is not finite.
     """
+    if remote.is_address(workdir):
+        check_writable("--workdir", workdir)
+        with files.locked(workdir, "choose another --workdir"):
+            _check_free(workdir)
+            _write_run(workdir, config, step, trees)
+        return
     workdir = workdir.absolute()
     workdir.parent.mkdir(parents=True, exist_ok=True)
     _check_free(workdir)
@@ -184,12 +191,18 @@ def write_run(workdir: Path, config: ConfigDict, step: int, trees: Mapping[str, 
 
 
 def _check_free(workdir: Path) -> None:
-    if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+    if remote.is_address(workdir):
+        with remote.asked(workdir):
+            taken = workdir.exists() and any(path.name != ".lock" for path in remote.walk(workdir))
+    else:
+        taken = workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir()))
+    if taken:
         raise UserError(f"--workdir={workdir} exists and is not empty; choose another")
 
 
 def _write_run(part: Path, config: ConfigDict, step: int, trees: Mapping[str, Callable[[], Any]]) -> None:
-    shutil.rmtree(part, ignore_errors=True)
+    if not remote.is_address(part):
+        files.remove_folder(part)
     folder = part / "checkpoints"
     manager = ocp.CheckpointManager(folder, item_names=(*TREES, "meta"))
     meta = {"step": step, "config": config.to_dict(), "data": {"next_batch": step}}
@@ -208,7 +221,7 @@ def _write_run(part: Path, config: ConfigDict, step: int, trees: Mapping[str, Ca
         _return_memory()
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as writer:
         writer.save(folder / str(step) / CHECKSUMS, args=ocp.args.JsonSave(sums))
-    (part / CONFIG).write_text(config_lib.to_json(config) + "\n")
+    files.write_text(part / CONFIG, config_lib.to_json(config) + "\n")
 
 
 def _return_memory() -> None:

@@ -56,7 +56,7 @@ def differences(workdir: Path) -> tuple[list[str], list[str]]:
       UserError: the record is not one.
     """
     path = workdir / FILE
-    if not path.exists():
+    if not files.exists(path):
         return [], []
     try:
         saved = json.loads(files.read_text(path))

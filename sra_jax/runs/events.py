@@ -15,29 +15,46 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from sra_jax import files, remote
+
 if TYPE_CHECKING:
     from tensorboard.compat.proto import event_pb2, summary_pb2, tensor_pb2
 
+OBJECT_BYTES = 4 << 20
+
 
 class Writer:
-    """Adds one file of its own to a folder of events. Its methods raise `OSError` where it cannot be written."""
+    """Adds a file of its own to a folder of events. Its methods raise `OSError` where it cannot be written.
+
+    An object at an address is written anew as it grows, so there a further one is begun every `OBJECT_BYTES`.
+    """
 
     def __init__(self, folder: Path):
         # Half a second that commands which log nothing need not wait for.
         from tensorboard.compat.proto import event_pb2
+
+        self._folder, self._event = folder, event_pb2.Event
+        if not remote.is_address(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        self._begin()
+
+    def _begin(self) -> None:
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        folder.mkdir(parents=True, exist_ok=True)
         # TensorBoard reads the files of a folder in the order of their names.
         now = time.time_ns()
         name = f"events.out.tfevents.{now // 10**9}.{socket.gethostname()}.{os.getpid()}.{now % 10**9}"
-        self._event = event_pb2.Event
-        self._records = RecordWriter((folder / name).open("xb"))
+        path = self._folder / name
+        self._object = files.Growing(path, old=False) if remote.is_address(path) else None
+        self._records = RecordWriter(self._object or path.open("xb"))
         self._write(self._event(wall_time=time.time(), file_version="brain.Event:2"))
 
     def _write(self, event: "event_pb2.Event") -> None:
         self._records.write(event.SerializeToString())
         self._records.flush()
+        if self._object is not None and self._object.tell() > OBJECT_BYTES:
+            self._records.close()
+            self._begin()
 
     def _write_values(
         self, step: int, values: "Mapping[str, tensor_pb2.TensorProto]", metadata: "summary_pb2.SummaryMetadata"
@@ -77,6 +94,11 @@ class Writer:
     def flush(self) -> None:
         """What was written is in the file."""
         self._records.flush()
+
+    def sync(self) -> None:
+        """What was written is in the file, and in the object at an address."""
+        if self._object is not None:
+            self._object.sync()
 
     def close(self) -> None:
         """The file is whole after this."""

@@ -65,7 +65,7 @@ def keep(config: ConfigDict, dataset: Dataset, workdir: Path) -> None:
     if method is None:
         return
     failure: Exception | None = None
-    if jax.process_index() == 0 and not (workdir / FILE).exists():
+    if jax.process_index() == 0 and not files.exists(workdir / FILE):
         try:
             means = measure(dataset, classes=method.latent_means == "classes")
             files.write_npz(workdir / FILE, {name: x for name, x in vars(means).items() if x is not None})
@@ -87,7 +87,9 @@ def read(config: ConfigDict, workdir: Path) -> LatentMeans | None:
     path, shape = workdir / FILE, (config.data.image_size, config.data.image_size, config.data.channels)
     advice = "training on with main.py makes it; --nocorrection samples without it"
     try:
-        with np.load(path) as arrays:
+        if not files.exists(path):
+            raise FileNotFoundError
+        with np.load(files.local(path)) as arrays:
             means = LatentMeans(**arrays)
     except FileNotFoundError:
         raise UserError(f"{method.name} samples with the mean latent, and there is no {path}: {advice}") from None

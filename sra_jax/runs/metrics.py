@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sra_jax import files
+from sra_jax import files, remote
 from sra_jax.errors import UserError
 from sra_jax.runs import events
 
@@ -22,7 +22,7 @@ def read(workdir: Path) -> list[dict[str, float]]:
       UserError: a line is not a record of a step, or the file is not one.
     """
     path = workdir / FILE
-    if not path.exists():
+    if not files.exists(path):
         return []
     whole, _, _ = files.read_text(path).rpartition("\n")
     records = []
@@ -43,7 +43,7 @@ def read(workdir: Path) -> list[dict[str, float]]:
 def keep_until(workdir: Path, step: int) -> None:
     """Drop records of steps after `step`: the resumed run makes them again."""
     path = workdir / FILE
-    if not path.exists():
+    if not files.exists(path):
         return
     files.write_text(path, "".join(json.dumps(r) + "\n" for r in read(workdir) if r["step"] <= step))
 
@@ -53,7 +53,8 @@ class Writer:
 
     def __init__(self, workdir: Path):
         self._failed = False
-        self._file = (workdir / FILE).open("a")
+        path = workdir / FILE
+        self._file = files.Growing(path, old=True) if remote.is_address(path) else path.open("a")
         self._events = events.Writer(workdir / EVENTS)
 
     @contextlib.contextmanager
@@ -75,6 +76,13 @@ class Writer:
         """A picture (H,W,C) uint8 among the events."""
         with self._writing():
             self._events.write_images(step, {name: picture[None]})
+
+    def sync(self) -> None:
+        """What was written is in the files, and in the objects at an address, which else follow every half minute."""
+        with self._writing():
+            if isinstance(self._file, files.Growing):
+                self._file.sync()
+            self._events.sync()
 
     def close(self) -> None:
         """Everything is on disk after this, unless a write failed before."""

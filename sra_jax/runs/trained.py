@@ -7,8 +7,9 @@ from typing import Any
 import jax
 
 from sra_jax import config as config_lib
+from sra_jax import files, remote
 from sra_jax.config.profiles import TEACHER
-from sra_jax.distributed import sharding
+from sra_jax.distributed import compilation_cache, sharding
 from sra_jax.distributed.devices import check_devices
 from sra_jax.errors import UserError
 from sra_jax.runs import CONFIG, class_names, profiles
@@ -45,11 +46,12 @@ class TrainedModel:
         ema: str = "",
     ):
         check_devices()
-        workdir = Path(workdir)
+        workdir = remote.path(workdir)
         if ema and weights != "ema":
             raise UserError(f"--ema={ema} names an EMA, and {weights} are asked for; leave out one of the two")
         self.workdir = workdir
         self.config = config_lib.read(workdir / CONFIG)
+        compilation_cache.use(self.config.compilation_cache)
         with self.config.unlocked():
             with self.config.sampling.ignore_type():  # DDPM's steps are a number or a list of sections
                 # Who does not sample does not guide: a run whose null label was never trained can be looked into.
@@ -85,10 +87,10 @@ class TrainedModel:
 
     def fingerprint(self) -> dict[str, Any]:
         """What tells this checkpoint and tree apart from any other, as JSON data."""
-        folder = self.workdir.absolute() / "checkpoints" / str(self.step)
+        folder = files.absolute(self.workdir) / "checkpoints" / str(self.step)
         metadata = folder / "_CHECKPOINT_METADATA"  # orbax writes the moment of the save into it
         return {
             "path": str(folder), "weights": self.weights,
-            "saved": metadata.read_text() if metadata.exists() else "",
+            "saved": files.read_text(metadata) if files.exists(metadata) else "",
             "model": {key: value for key, value in self.config.model.items() if key != "attention"},  # of these devices
         }  # fmt: skip

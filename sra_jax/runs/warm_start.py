@@ -1,7 +1,6 @@
 """Beginning a new run from the weights of another: fine-tuning, or SRA on top of a trained baseline."""
 
 import dataclasses
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +8,7 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from sra_jax import config as config_lib
+from sra_jax import remote
 from sra_jax.distributed import sharding
 from sra_jax.errors import UserError
 from sra_jax.runs import CONFIG, profiles
@@ -33,7 +33,7 @@ def start_from(config: ConfigDict, state: TrainState) -> tuple[TrainState, str]:
     Raises:
       UserError: no such run, or a model of other shapes.
     """
-    workdir = Path(config.init_from)
+    workdir = remote.path(config.init_from)
     try:
         saved = config_lib.read(workdir / CONFIG)
     except UserError as error:

@@ -1,13 +1,12 @@
 """What the tools that sample are told on the command line."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict
 
-from sra_jax import cli, values
+from sra_jax import cli, files, values
 from sra_jax import config as config_lib
 from sra_jax.data import registry as datasets
 from sra_jax.data.caption_sources import is_captioned
@@ -109,7 +108,7 @@ def prompts_of(data: ConfigDict, name: str, count: int, seed: int) -> list[str]:
         return own[name](count, seed)
     if is_captioned(name):
         return captions_of_images(name, count, seed)
-    path = Path(name).expanduser()
+    path = files.local(name).expanduser()
     if not path.is_file():
         names = f", nor a list of data.name={data.name!r}: {', '.join(own)}" if own else ""
         raise UserError(f"--prompts={name} is no file of captions, one a line{names}")

@@ -8,6 +8,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from sra_jax import remote
 from sra_jax.config.profiles import TEACHER
 from sra_jax.data import registry as datasets
 from sra_jax.errors import UserError
@@ -35,7 +36,7 @@ class TrainingEvaluation:
 
     def __init__(self, config: ConfigDict, mesh: Mesh, workdir: Path, class_names: Sequence[str] | None):
         settings = config.evaluation
-        self._count, self._workdir = settings.num_samples, Path(workdir)
+        self._count, self._workdir = settings.num_samples, remote.path(workdir)
         self._generator = Generator(
             config, mesh, datasets.decoder(config.data), settings.batch_size, SEED, latent_means.read(config, workdir)
         )

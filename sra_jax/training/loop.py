@@ -17,17 +17,18 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from sra_jax import config as config_lib
-from sra_jax import files
+from sra_jax import files, remote
 from sra_jax.data import classes, pipeline
 from sra_jax.data import registry as datasets
 from sra_jax.data.captions import embedded
 from sra_jax.data.dataset import Dataset
-from sra_jax.distributed import processes, sharding
+from sra_jax.distributed import compilation_cache, processes, sharding
 from sra_jax.distributed.devices import check_devices
 from sra_jax.errors import RunError, UserError
 from sra_jax.methods.health import Watch, health
 from sra_jax.methods.registry import noisier_teachers
 from sra_jax.runs import CONFIG, class_names, environment, latent_means
+from sra_jax.runs import checkpoints as checkpoints_lib
 from sra_jax.runs import metrics as metrics_lib
 from sra_jax.runs.checkpoints import UNCHECKED, Checkpoints
 from sra_jax.runs.state import (
@@ -123,7 +124,8 @@ def train(config: ConfigDict, workdir: Path, allow_config_change: bool = False) 
 
     Args:
       config: a recipe with its overrides.
-      workdir: made where it does not exist; holds config.json, checkpoints/, samples/, metrics.jsonl and tensorboard/.
+      workdir: made where it does not exist, or gs://bucket/run; holds config.json, checkpoints/, samples/,
+        metrics.jsonl and tensorboard/.
       allow_config_change: go on although the saved config differs in what shapes the run.
 
     Raises:
@@ -134,7 +136,8 @@ def train(config: ConfigDict, workdir: Path, allow_config_change: bool = False) 
     check_devices()
     config_lib.check(config, jax.device_count(), sharding.platform(jax.devices()[0]))
     config_lib.check_workers(config.data.workers, os.cpu_count() or 1)
-    workdir = Path(workdir)
+    compilation_cache.use(config.compilation_cache)
+    workdir = remote.path(workdir)
     make_workdir(workdir)
     with _claimed(workdir) as lock, processes.Watch(workdir / ".processes"):
         _train(config, workdir, allow_config_change, lock)
@@ -199,6 +202,9 @@ def make_workdir(workdir: Path) -> None:
     Raises:
       UserError: it cannot be written, or holds something else under a name that a run uses.
     """
+    if remote.is_address(workdir):
+        checkpoints_lib.check_writable("--workdir", workdir)
+        return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         probe = workdir / f".write_test_{jax.process_index()}"
@@ -374,6 +380,8 @@ def _run(
 
     def save(step: int) -> None:
         journal.read()  # a state is saved only once its losses are known to be finite
+        if writer:
+            writer.sync()  # the log reaches at least as far as the checkpoints
         if lock:
             lock.check()
         position = {"next_batch": step}  # all the state that the stream of batches has

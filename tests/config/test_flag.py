@@ -79,7 +79,8 @@ def test_what_is_no_interval_is_one_line(key):
         (("--config.ema.decay=1,0",), r"--config.ema.decay=1,0 must be a finite number"),
         (("--config.alignment.head=maybe",), r"--config.alignment.head=maybe must be true or false"),
         (("--config=configs/sit_b2.py",), r"--config is given twice, as configs/digits.py and as configs/sit_b2.py"),
-        (("--config.init_from=gs://b/run",), r"--config.init_from=gs://b/run is an address"),
+        (("--config.init_from=ftp://b/run",), r"--config.init_from=ftp://b/run is an address"),
+        (("--config.data.cache=gs://b/x",), r"--config.data.cache=gs://b/x is an address"),
         (("--config.data.path=imagefolder:s3://b/x",), r"--config.data.path=s3://b/x is an address"),
     ],
 )

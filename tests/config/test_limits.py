@@ -8,7 +8,7 @@ from configs import digits
 from sra_jax import config as config_lib
 from sra_jax import values
 from sra_jax.config.keys import CAPTION_KEYS
-from sra_jax.config.limits import PATHS, RANGES, check_number, check_workers
+from sra_jax.config.limits import LOCAL_PATHS, PATHS, RANGES, check_number, check_workers
 from sra_jax.diffusion.registry import PROCESSES, SAMPLERS, process_defaults
 from sra_jax.errors import UserError
 
@@ -36,7 +36,7 @@ def test_every_number_has_a_range_and_every_text_is_a_name_or_a_path():
     known = {key: value for key, value in all_keys().items() if not key.startswith("method.")}
     numbers = {key for key, value in known.items() if isinstance(value, (int, float)) and not isinstance(value, bool)}
     assert numbers == set(RANGES)
-    assert {key for key, value in known.items() if isinstance(value, str)} == NAMES | set(PATHS)
+    assert {key for key, value in known.items() if isinstance(value, str)} == NAMES | set(PATHS) | set(LOCAL_PATHS)
     for key in numbers:
         assert isinstance(RANGES[key].low, type(known[key])), f"{key}: ends of the range are of the key's type"
         if known[key] or key not in ("steps", "epochs", "examples"):

@@ -53,6 +53,17 @@ def test_methods():
     assert formula == pytest.approx(compiled, abs=2)
 
 
+@pytest.mark.slow
+def test_start(tmp_path):
+    """Each start is a process of its own; the second finds what the first has compiled."""
+    done = run("tools/benchmark.py", "start", "--recipes=sit_b2:smoke", f"--json={tmp_path / 'r.json'}")
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert done.stdout.splitlines() == result["markdown"]
+    assert [line.split("|")[2].strip() for line in result["markdown"][2:]] == ["train", "sample"]
+    for pair in result["recipes"]["sit_b2_smoke"].values():
+        assert 0 < pair["second"]["cpu_seconds"] < pair["first"]["cpu_seconds"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

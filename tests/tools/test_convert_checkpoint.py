@@ -14,6 +14,7 @@ from sra_jax.runs.state import Networks, init_state, make_optimizer
 from sra_jax.runs.trained import TrainedModel
 from sra_jax.runs.warm_start import start_from
 from tests.conftest import TINY_DIGITS, run
+from tests.hub import hub  # noqa: F401
 from tests.in_process import call
 from tests.interop.random_tensors import random_tensors
 
@@ -63,6 +64,37 @@ def test_exported_names_are_the_authors(tiny_run, exported):
 def test_tools_use_an_imported_run(imported, tmp_path):
     run("tools/sample.py", f"--workdir={imported}", "--num_samples=5", f"--output={tmp_path / 'samples.npz'}")
     assert np.load(tmp_path / "samples.npz")["arr_0"].shape == (5, 8, 8, 1)
+
+
+def test_what_was_published_is_the_run_again(tiny_run, hub, tmp_path):  # noqa: F811
+    """--card makes a folder; from a hub its commands bring the same weights and recipe back, and sample from them."""
+    folder, workdir = tmp_path / "upload", tmp_path / "run"
+    done = run(TOOL, f"--workdir={tiny_run}", "--export=ema", "--card", f"--output={folder}")
+    assert f"hf upload OWNER/NAME {folder}" in done.stdout
+    assert {path.name for path in folder.iterdir()} == {"model.safetensors", "config.json", "README.md"}
+    text = (folder / "README.md").read_text()
+    _, front, card = text.split("---\n", 2)
+    assert "library_name: sra-jax\n" in front
+    assert "- sra\n" in front
+    for fact in ("# digits", "3 blocks, width 32", "EMA teacher of step 24", "384 examples", "arXiv 2505.02831"):
+        assert fact in card
+    config = config_lib.read(folder / "config.json")
+    assert not any(str(tmp_path) in str(value) for _, value in config_lib.flatten(config))
+    for path in folder.iterdir():
+        hub(f"me/digits/resolve/main/{path.name}", path.read_bytes())
+    commands = [line.split() for line in card.splitlines() if line.startswith("    python tools/")]
+    convert, sample = (
+        [word.replace("OWNER/NAME", "me/digits").replace("--workdir=W", f"--workdir={workdir}") for word in command[1:]]
+        for command in commands
+    )
+    assert "with the head of sra" in run(*convert).stdout
+    theirs, ours = TrainedModel(workdir), TrainedModel(tiny_run)
+    assert_trees_equal(theirs.params, ours.params)
+    assert not config_lib.differences(ours.config, theirs.config)
+    run(*sample, "--sampling_steps=2", f"--output={tmp_path / 'samples.npz'}", folder=tmp_path)
+    assert np.load(tmp_path / "samples.npz")["arr_0"].shape == (64, 8, 8, 1)
+    done = run(TOOL, f"--workdir={tiny_run}", "--export=ema", "--card", f"--output={folder}", code=2)
+    assert "model.safetensors exists and is not overwritten" in done.stderr
 
 
 def test_training_goes_on_where_the_file_stopped(imported, tmp_path):
