@@ -18,9 +18,11 @@ from tests.in_process import call, flags_of
 TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("*.py"))
 TEXTS = {
     "labels", "sampler", "sampling_steps", "guidance_interval", "names", "blocks", "levels", "metrics", "topology",
-    "recipes", "slices", "coordinator_address", "methods", "ema",
+    "recipes", "slices", "coordinator_address", "methods", "ema", "prompt", "prompts", "attention", "remat",
 }  # fmt: skip
 """Flags of text that is neither a path nor a number; their commands read them."""
+
+TEXT_KINDS = ("DEFINE_string", "DEFINE_list", "DEFINE_multi_string")
 
 LOCAL = {
     ("compile_tpu", "results"), ("fid", "data_dir"), ("linear_probe", "cache"), ("prepare_latents", "data_dir"),
@@ -41,8 +43,8 @@ def defined():
 def test_numbers_and_paths_are_read_in_one_way():
     """absl's own flags take nan, digits of other scripts, addresses; those of sra_jax.cli do not."""
     kinds = {kind for _, kind, _ in defined()}
-    assert kinds == {"DEFINE_bool", "DEFINE_enum", "DEFINE_string", "DEFINE_list", "DEFINE_flag"}
-    texts = {(file, name) for file, kind, name in defined() if kind in ("DEFINE_string", "DEFINE_list")}
+    assert kinds == {"DEFINE_bool", "DEFINE_enum", "DEFINE_flag", *TEXT_KINDS}
+    texts = {(file, name) for file, kind, name in defined() if kind in TEXT_KINDS}
     assert {name for _, name in texts} <= TEXTS, sorted(texts)
 
 
