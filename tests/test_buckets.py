@@ -17,6 +17,7 @@ from sra_jax.data import latents, shards
 from sra_jax.errors import UserError
 from sra_jax.runs import metrics
 from sra_jax.runs.checkpoints import check_writable
+from sra_jax.runs.trained import TrainedModel
 from tests.buckets import bucket, storage  # noqa: F401
 from tests.checkpoints import final_state
 from tests.conftest import TINY_DIGITS, run, start
@@ -123,6 +124,10 @@ def test_a_place_for_a_run_is_tried_before_any_work(bucket, tmp_path, monkeypatc
         check_writable("--workdir", remote.path("gs://no-such-bucket/run"))
     with pytest.raises(UserError, match="--workdir=hf://a/b/c: runs are kept in local folders and at gs://"):
         check_writable("--workdir", remote.path("hf://a/b/c"))
+    with pytest.raises(UserError, match=r"--workdir=hf://a/b: runs are kept .* come in by tools/convert_checkpoint.py"):
+        TrainedModel(remote.path("hf://a/b"))
+    with pytest.raises(UserError, match=r"no run at gs://no-such-bucket/run: config.json cannot be read"):
+        TrainedModel(remote.path("gs://no-such-bucket/run"))
 
 
 def test_latents_are_copied_from_a_bucket_once(image_folder, tiny_vae, bucket, tmp_path, capsys):  # noqa: F811

@@ -34,11 +34,20 @@ def _trees(state: TrainState) -> dict[str, Any]:
     return {name: getattr(state, name) for name in (*TREES, *([PROFILES] if state.profiles else []))}
 
 
+def check_place(flag: str, workdir: Path) -> None:
+    """Raises a `UserError` where no run can be kept at an address."""
+    if not remote.is_address(workdir) or remote.scheme(workdir) in remote.CHECKPOINTS:
+        return
+    allowed = " and ".join(f"{scheme}://" for scheme in remote.CHECKPOINTS)
+    hint = ""
+    if remote.scheme(workdir) == remote.HUB:
+        hint = "; weights come in by tools/convert_checkpoint.py --checkpoint=hf://OWNER/NAME/FILE"
+    raise UserError(f"{flag}={workdir}: runs are kept in local folders and at {allowed} (orbax's checkpoints){hint}")
+
+
 def check_writable(flag: str, workdir: Path) -> None:
     """Raises a `UserError` where no run can be kept at an address, or it cannot be written."""
-    if remote.scheme(workdir) not in remote.CHECKPOINTS:
-        allowed = " and ".join(f"{scheme}://" for scheme in remote.CHECKPOINTS)
-        raise UserError(f"{flag}={workdir}: runs are kept in local folders and at {allowed} (orbax's checkpoints)")
+    check_place(flag, workdir)
     files.check_output(flag, workdir, folder=True)
 
 

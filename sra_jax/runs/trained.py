@@ -13,7 +13,7 @@ from sra_jax.distributed import compilation_cache, sharding
 from sra_jax.distributed.devices import check_devices
 from sra_jax.errors import UserError
 from sra_jax.runs import CONFIG, class_names, profiles
-from sra_jax.runs.checkpoints import Checkpoints
+from sra_jax.runs.checkpoints import Checkpoints, check_place
 from sra_jax.runs.state import Networks, Params
 
 
@@ -47,6 +47,7 @@ class TrainedModel:
     ):
         check_devices()
         workdir = remote.path(workdir)
+        check_place("--workdir", workdir)
         if ema and weights != "ema":
             raise UserError(f"--ema={ema} names an EMA, and {weights} are asked for; leave out one of the two")
         self.workdir = workdir

@@ -12,7 +12,7 @@ from sra_jax import remote
 from sra_jax.distributed import sharding
 from sra_jax.errors import UserError
 from sra_jax.runs import CONFIG, profiles
-from sra_jax.runs.checkpoints import Checkpoints
+from sra_jax.runs.checkpoints import Checkpoints, check_place
 from sra_jax.runs.state import Networks, TrainState
 
 
@@ -34,6 +34,7 @@ def start_from(config: ConfigDict, state: TrainState) -> tuple[TrainState, str]:
       UserError: no such run, or a model of other shapes.
     """
     workdir = remote.path(config.init_from)
+    check_place("--config.init_from", workdir)
     try:
         saved = config_lib.read(workdir / CONFIG)
     except UserError as error:
