@@ -90,7 +90,7 @@ def test_features_are_pooled_tokens_of_the_network(model):
     indices = jnp.arange(8)
     for condition, labels in (("null", jnp.full(8, 10)), ("true", batch["label"])):
         settings = Settings((1, 3), (0.0, 0.3), condition)
-        x_t, features = make_extractor(model, dataset.encode, settings, pool=True)(model.params, batch, indices)
+        x_t, features = make_extractor(model, dataset, settings, pool=True)(model.params, batch, indices)
         assert features.shape == (8, 2, 2, 32)
         clean = dataset.encode(batch, None)
         np.testing.assert_allclose(x_t[:, 0], clean, atol=1e-6)
