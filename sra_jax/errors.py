@@ -9,6 +9,10 @@ class UserError(Exception):
     """
 
 
+class Busy(UserError):
+    """Another program holds the lock of what is to be written."""
+
+
 class Preempted(Exception):
     """A run that was told to make room and has saved itself: start the same command again. Exit code 75."""
 

@@ -27,7 +27,7 @@ import safetensors.numpy
 from PIL import Image
 
 from sra_jax import remote
-from sra_jax.errors import RunError, UserError
+from sra_jax.errors import Busy, RunError, UserError
 
 LOCK_BEAT_SECONDS = 5
 """How often the owner of a lock shows that it lives."""
@@ -533,8 +533,8 @@ def locked(path: Path, change: str) -> Iterator[Lock]:
       The lock; `check()` tells a program that stood still whether the lock is still its own.
 
     Raises:
-      UserError: another program holds it, and the message names the process, its machine, its start and its command; or
-        the lock's file cannot be written.
+      Busy: another program holds it, and the message names the process, its machine, its start and its command.
+      UserError: the lock's file cannot be written.
     """
     if remote.is_address(path):
         with _locked_address(remote.path(path), remote.path(path) / ".lock", change) as lock:
@@ -577,8 +577,8 @@ def _record() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _busy(path: Path, owner: Mapping[str, Any] | None, change: str) -> UserError:
-    return UserError(f"{path} is being written by {_owner(owner)}: wait for it, end it, or {change}")
+def _busy(path: Path, owner: Mapping[str, Any] | None, change: str) -> Busy:
+    return Busy(f"{path} is being written by {_owner(owner)}: wait for it, end it, or {change}")
 
 
 @contextlib.contextmanager
@@ -624,7 +624,7 @@ def _is_gone(record: Mapping[str, Any]) -> bool:
 def _acquire(path: Path, file: Path, record: Mapping[str, Any], change: str) -> int:
     """The open lock's file, locked and with our record in it."""
 
-    def busy(owner: Mapping[str, Any] | None) -> UserError:
+    def busy(owner: Mapping[str, Any] | None) -> Busy:
         return _busy(path, owner, change)
 
     while True:

@@ -19,6 +19,7 @@ TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("*.py"))
 TEXTS = {
     "labels", "sampler", "sampling_steps", "guidance_interval", "names", "blocks", "levels", "metrics", "topology",
     "recipes", "slices", "coordinator_address", "methods", "ema", "prompt", "prompts", "attention", "remat",
+    "seeds", "measure_at", "probe_levels", "shard", "vary",
 }  # fmt: skip
 """Flags of text that is neither a path nor a number; their commands read them."""
 
@@ -26,7 +27,7 @@ TEXT_KINDS = ("DEFINE_string", "DEFINE_list", "DEFINE_multi_string")
 
 LOCAL = {
     ("compile_tpu", "results"), ("fid", "data_dir"), ("linear_probe", "cache"), ("prepare_latents", "data_dir"),
-    ("prepare_latents", "features"), ("prepare_latents", "output"),
+    ("prepare_latents", "features"), ("prepare_latents", "output"), ("study", "output"),
 }  # fmt: skip
 """Flags of paths that cannot be addresses."""
 

@@ -38,20 +38,15 @@ import numpy as np
 from absl import flags
 
 from sra_jax import cli, files, remote, values
-from sra_jax import config as config_lib
-from sra_jax.data import classes
-from sra_jax.data import registry as datasets
-from sra_jax.data.dataset import Dataset
 from sra_jax.errors import UserError
 from sra_jax.inspection import plots
-from sra_jax.inspection.probe import Schedule, probe
-from sra_jax.inspection.tokens import FeatureSet, Settings, check_condition, extract_to_disk, parse_blocks, parse_levels
+from sra_jax.inspection.held_out import probe_run
+from sra_jax.inspection.probe import Schedule
+from sra_jax.inspection.tokens import Settings, check_condition, parse_blocks, parse_levels
 from sra_jax.runs.trained import TrainedModel
 from sra_jax.sampling.options import define_ema_flag
 
 FLAGS = flags.FLAGS
-TEST_SHARE = 0.2
-SPLIT_SEED = 0
 FILES = ("probe.json", "probe.csv", "probe.png")
 
 cli.paths_flag("workdir", None, "Folders of runs.", required=True)
@@ -96,7 +91,7 @@ def main() -> None:
     )
     settings.check(min(depths))
     for model in models:
-        check_condition(settings.condition, model)
+        check_condition(settings.condition, model.config)
     with files.locked_output(output / FILES[0], "choose another --output"):
         probe_all(output, names, models, settings)
 
@@ -105,7 +100,7 @@ def probe_all(output: pathlib.Path, names: list[str], models: list[TrainedModel]
     """Probe each run and write the files."""
     records = []
     for name, workdir, model in zip(names, FLAGS.workdir, models, strict=True):
-        accuracy = probe_run(model, remote.path(workdir), settings)
+        accuracy = probe_one(model, remote.path(workdir), settings)
         records.append({"name": name, "workdir": workdir, "step": model.step, "accuracy": accuracy.tolist()})
         level, block = np.unravel_index(accuracy.argmax(), accuracy.shape)
         print(
@@ -115,33 +110,14 @@ def probe_all(output: pathlib.Path, names: list[str], models: list[TrainedModel]
     write(output, records, settings)
 
 
-def probe_run(model: TrainedModel, workdir: pathlib.Path, settings: Settings) -> np.ndarray:
+def probe_one(model: TrainedModel, workdir: pathlib.Path, settings: Settings) -> np.ndarray:
     """Accuracies (levels, blocks) of one run."""
-    if config_lib.tells_captions(model.config):
-        raise UserError(f"{workdir} is a run with captions, and the linear probe predicts labels, which it has not")
-    train_path = FLAGS.path or model.config.data.path
-    dataset = open_set(model, train_path)
-    test = open_set(model, FLAGS.test_path) if FLAGS.test_path else dataset
-    classes.check_same(dataset.class_names, test.class_names, f"--test_path={FLAGS.test_path}")
-    order = np.random.default_rng(SPLIT_SEED).permutation(len(dataset.source))
-    held_out = 0 if FLAGS.test_path else round(TEST_SHARE * len(order))
-    train = np.sort(order[held_out:][: FLAGS.num_examples or None])
-    if not FLAGS.test_path and (not held_out or not len(train)):
-        raise UserError(f"{len(order)} examples are too few to train and to test a probe on")
-    cache = pathlib.Path(FLAGS.cache) if FLAGS.cache else features_folder(workdir)
-
-    def features(dataset: Dataset, path: str, indices: np.ndarray, part: str) -> FeatureSet:
-        with model.config.unlocked():
-            model.config.data.path = path  # the cache's name depends on it
-        return extract_to_disk(
-            model, dataset, indices, settings, cache, FLAGS.extraction_batch_size, f"{workdir}: {part} features"
-        )
-
-    train_set = features(dataset, train_path, train, "training")
-    indices = np.arange(len(test.source)) if FLAGS.test_path else np.sort(order[:held_out])
-    test_set = features(test, FLAGS.test_path or train_path, indices, "test")
-    schedule = Schedule(FLAGS.epochs, FLAGS.batch_size, FLAGS.learning_rate, FLAGS.seed)
-    return probe(train_set, test_set, model.config.data.num_classes, schedule)
+    return probe_run(
+        model, pathlib.Path(FLAGS.cache) if FLAGS.cache else features_folder(workdir), settings,
+        Schedule(FLAGS.epochs, FLAGS.batch_size, FLAGS.learning_rate, FLAGS.seed), path=FLAGS.path,
+        test_path=FLAGS.test_path, num_examples=FLAGS.num_examples, batch_size=FLAGS.extraction_batch_size,
+        name=str(workdir),
+    )  # fmt: skip
 
 
 def features_folder(workdir: pathlib.Path) -> pathlib.Path:
@@ -149,15 +125,6 @@ def features_folder(workdir: pathlib.Path) -> pathlib.Path:
     if remote.is_address(workdir):
         return files.cache_folder() / "features" / remote.place(workdir)
     return workdir / "features"
-
-
-def open_set(model: TrainedModel, path: str) -> Dataset:
-    """The set at a data.path, which has the run's classes."""
-    with model.config.unlocked():
-        model.config.data.path = path
-    dataset = datasets.load(model.config.data)
-    classes.check_same(model.class_names, dataset.class_names, path or model.config.data.name)
-    return dataset
 
 
 def write(output: pathlib.Path, records: list[dict], settings: Settings) -> None:

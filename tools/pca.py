@@ -73,7 +73,7 @@ def main() -> None:
     settings = Settings(parse_blocks(FLAGS.blocks, depth), parse_levels(FLAGS.levels), FLAGS.condition, FLAGS.seed)
     settings.check(depth)
     for model in models:
-        check_condition(settings.condition, model)
+        check_condition(settings.condition, model.config)
     with files.locked_output(output, "choose another --output"):
         draw(output, names, models, settings)
 

@@ -6,7 +6,8 @@ Other rooms use it as `from sra_jax import config as config_lib`.
 """
 
 from sra_jax.config.checks import check
-from sra_jax.config.flag import define_flag
+from sra_jax.config.flag import change, define_flag, given, load
+from sra_jax.config.flag import read as read_value
 from sra_jax.config.keys import DTYPES, FREE_KEYS, default, flatten, tell_captions
 from sra_jax.config.limits import check_workers
 from sra_jax.config.objects import (
@@ -29,8 +30,9 @@ from sra_jax.config.saved import differences, from_flag, from_json, read, readab
 from sra_jax.diffusion.registry import process_defaults
 
 __all__ = [
-    "DTYPES", "FREE_KEYS", "check", "check_workers", "correction_of", "default", "define_flag", "differences",
-    "fewest_devices", "flatten", "from_flag", "from_json", "guidance_interval", "guidance_of", "mesh_shape",
-    "method_names", "methods_of", "process_defaults", "process_of", "profiles_of", "read", "readable", "sampler_of",
-    "step_flops", "tell_captions", "tells_captions", "to_json", "total_steps", "transformer_of",
+    "DTYPES", "FREE_KEYS", "change", "check", "check_workers", "correction_of", "default", "define_flag", "differences",
+    "fewest_devices", "flatten", "from_flag", "from_json", "given", "guidance_interval", "guidance_of", "load",
+    "mesh_shape", "method_names", "methods_of", "process_defaults", "process_of", "profiles_of", "read", "read_value",
+    "readable", "sampler_of", "step_flops", "tell_captions", "tells_captions",
+    "to_json", "total_steps", "transformer_of",
 ]

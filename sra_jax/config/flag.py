@@ -90,6 +90,28 @@ def _reason(error: BaseException, path: Path) -> str:
     return f"the recipe fails{where}: {type(error).__name__}: {message}"
 
 
+def given(flag_values: flags.FlagValues = flags.FLAGS) -> tuple[str, dict[str, Any]]:
+    """What --config names, FILE or FILE:VARIANT, and the keys that the command line changes, with their values.
+
+    Raises:
+      UserError: there is no --config.
+    """
+    recipe = flag_values[NAME]
+    if not isinstance(recipe, _RecipeFlag) or recipe.value is None:
+        raise UserError(f"--{NAME} is missing: name a recipe, such as --{NAME}=configs/digits.py")
+    changed = {key: flag_values[f"{NAME}.{key}"] for key, _ in flatten(recipe.value)}
+    return recipe.given, {key: flag.value for key, flag in changed.items() if flag.present}
+
+
+def change(config: ConfigDict, key: str, value: Any) -> None:
+    """Put a value into a config under its dotted key."""
+    *groups, last = key.split(".")
+    group = config
+    for name in groups:
+        group = group[name]
+    group[last] = value
+
+
 def read(key: str, text: str, current: Any) -> Any:
     """A key's value from the command line, of the type that it has in the recipe.
 
@@ -147,16 +169,16 @@ class _RecipeFlag(flags.Flag):
     def __init__(self, help_string: str, flag_values: flags.FlagValues):
         self._flag_values = flag_values
         self._keys: list[str] = []
-        self._given = ""
+        self.given = ""
         super().__init__(flags.ArgumentParser(), None, NAME, None, help_string)
 
     def parse(self, argument: str) -> None:
         if self.present:
             raise UserError(
-                f"--{NAME} is given twice, as {self._given} and as {argument}: name one recipe, and change its values "
+                f"--{NAME} is given twice, as {self.given} and as {argument}: name one recipe, and change its values "
                 f"with --{NAME}.KEY=VALUE"
             )
-        self.value, self._given = load(argument), argument
+        self.value, self.given = load(argument), argument
         self.present += 1
         for name in self._keys:  # of the recipe before, where one process reads several command lines
             if name in self._flag_values:
@@ -176,9 +198,7 @@ class _KeyFlag(flags.Flag):
         )
 
     def parse(self, argument: str) -> None:
-        *groups, last = self._key.split(".")
-        group = self._config
-        for name in groups:
-            group = group[name]
-        self.value = group[last] = read(self._key, argument, group[last])
+        current = dict(flatten(self._config))[self._key]
+        self.value = read(self._key, argument, current)
+        change(self._config, self._key, self.value)
         self.present += 1

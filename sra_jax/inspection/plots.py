@@ -77,6 +77,68 @@ def token_figure(
     save(figure, path)
 
 
+def curves_figure(
+    path: Path, lines: Sequence[Sequence[Mapping[str, Sequence[tuple[float, float, float]]]]], titles: Sequence[str],
+    rows: Sequence[str],
+) -> None:
+    """A grid of curves with bands: a column a title, a row an x axis; a name has one colour everywhere.
+
+    Args:
+      path: PNG to write.
+      lines: for each row and column, name -> points (x, y, half the width of the band).
+      titles: of the columns.
+      rows: names of the x axes.
+    """
+    names = list(dict.fromkeys(name for row in lines for panel in row for name in panel))
+    colours = {name: f"C{number}" for number, name in enumerate(names)}
+    figure, grid = plt.subplots(
+        len(rows), len(titles), figsize=(2.7 * len(titles), 2.5 * len(rows)), squeeze=False, layout="constrained"
+    )
+    for row, panels in enumerate(lines):
+        for column, panel in enumerate(panels):
+            axes = grid[row, column]
+            for name, points in panel.items():
+                if points:
+                    x, y, half = np.array(points, np.float64).T
+                    axes.plot(x, y, marker="o", markersize=3, color=colours[name], label=name)
+                    axes.fill_between(x, y - half, y + half, color=colours[name], alpha=0.2, linewidth=0)
+            axes.set_xlabel(rows[row], fontsize=8)
+            axes.tick_params(labelsize=7)
+            axes.grid(alpha=0.3)
+            if row == 0:
+                axes.set_title(titles[column], fontsize=10)
+    grid[0, 0].legend(fontsize=7)
+    save(figure, path)
+
+
+def heat_map(
+    path: Path, values: np.ndarray, rows: Sequence[str], columns: Sequence[str], axis: str, title: str
+) -> None:
+    """A table of colours with its numbers, the lowest in a frame.
+
+    Args:
+      path: PNG to write.
+      values: (R,C); NaN where there is none.
+      rows, columns: their names.
+      axis: what the columns are.
+      title: what the numbers are.
+    """
+    figure, axes = plt.subplots(figsize=(2.8 + 0.75 * len(columns), 1.3 + 0.42 * len(rows)), layout="constrained")
+    axes.imshow(values, cmap="viridis_r", aspect="auto")
+    least = np.unravel_index(np.nanargmin(values), values.shape)
+    for (row, column), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            frame = {"edgecolor": "red", "facecolor": "white"} if (row, column) == least else {"facecolor": "white"}
+            axes.text(
+                column, row, f"{value:.4g}", ha="center", va="center", fontsize=8,
+                bbox={"boxstyle": "round", "alpha": 0.75, "edgecolor": "none", **frame},
+            )  # fmt: skip
+    axes.set_xticks(range(len(columns)), columns, fontsize=8)
+    axes.set_yticks(range(len(rows)), rows, fontsize=8)
+    axes.set(xlabel=axis, title=title)
+    save(figure, path)
+
+
 def save(figure: Any, path: Path) -> None:
     """Write a figure as PNG and close it."""
     with files.whole(path) as unfinished:

@@ -21,6 +21,7 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from sra_jax import config as config_lib
@@ -72,9 +73,9 @@ class Settings:
             raise UserError(f"--condition={self.condition!r} is unknown; allowed: {', '.join(CONDITIONS)}")
 
 
-def check_condition(condition: str, model: TrainedModel) -> None:
-    """Raises `UserError` where a model would be shown a null label that it has not, or was never trained with."""
-    if condition == "null" and not model.config.label_dropout:
+def check_condition(condition: str, config: ConfigDict) -> None:
+    """Raises `UserError` where a run would be shown a null label that it has not, or was never trained with."""
+    if condition == "null" and not config.label_dropout:
         raise UserError(
             "--condition=null shows the network the null label, which this run was never trained with "
             "(label_dropout=0): give --condition=true"
