@@ -19,7 +19,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config = config_lib.default()
     config_lib.tell_captions(config)
     config.name = "digits_captions"
-    config.steps = 1600
+    config.steps = 2600
     config.batch_size = 64
     config.log_every, config.sample_every, config.checkpoint_every = 50, 1000, 500
     config.data.update(name="digits_captions", image_size=16, channels=1, context_length=9, context_width=64)

@@ -11,6 +11,7 @@ import pytest
 
 from sra_jax import config as config_lib
 from sra_jax.config import reference
+from sra_jax.config.keys import CAPTION_KEYS
 from sra_jax.diffusion.registry import PROCESSES, SAMPLERS
 from tests import documented
 from tests.conftest import ROOT, run
@@ -136,7 +137,7 @@ def test_links_and_names_of_files_and_keys_exist(page):
     targets = [target for target in LINKS.findall(text) if "://" not in target]
     assert not [target for target in targets if not (path.parent / target).exists()]
     assert not [name for name in FILES.findall(text) if not (ROOT / name).exists()]
-    keys = set(dict(config_lib.flatten(config_lib.default())))
+    keys = set(dict(config_lib.flatten(config_lib.default()))) | CAPTION_KEYS.keys()
     keys |= {f"process.{key}" for name in PROCESSES for key in config_lib.process_defaults(name)}
     keys |= {f"sampling.{key}" for sampler in SAMPLERS.values() for key in sampler.options}
     groups = {key.rpartition(".")[0] for key in keys}

@@ -1,7 +1,7 @@
 """Captions of real digits: scikit-learn's scans on a 16x16 canvas, one or two of them, and what they say in words.
 
-A canvas holds one scan in the middle, or two side by side, each at a height of its own. Its captions come from a small
-grammar with several wordings. No label goes with them: what is on a canvas is known from words alone. `HELD_OUT`
+A canvas holds one scan in the middle, or two side by side, each at one of three heights. Its captions come from a
+small grammar with several wordings. No label goes with them: what is on a canvas is known from words alone. `HELD_OUT`
 pairs are in no training canvas, in any wording, while every digit is trained on each side.
 """
 
@@ -21,6 +21,9 @@ from sra_jax.models.clip_text import ClipText, ClipTextConfig
 
 SIDE = 16
 SCAN = 8
+TOPS = (0, 4, 8)
+"""Where scans may begin, from the top."""
+
 CANVASES = 20_000
 SINGLE_SHARE = 0.2
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -87,7 +90,7 @@ def compose(content: Content, part: str, random: np.random.RandomState) -> np.nd
     lefts = ((SIDE - SCAN) // 2,) if len(content) == 1 else (0, SIDE - SCAN)
     for digit, left in zip(content, lefts, strict=True):
         scan = images[random.choice(np.flatnonzero(labels == digit))]
-        place(canvas, scan, random.randint(SIDE - SCAN + 1), left)
+        place(canvas, scan, TOPS[random.randint(len(TOPS))], left)
     return canvas
 
 

@@ -181,6 +181,24 @@ def test_from_cocos_files_to_a_fid(prepare, coco_folder, tmp_path):
     assert result["prompts"] == prompts
 
 
+@pytest.mark.slow
+def test_a_run_on_token_ids(prepare, tmp_path):
+    """In two parts the same bits; the losses of stored embeddings but for their half precision."""
+    losses = {}
+    for form in ("embeddings", "ids"):
+        prepare(tmp_path / form, f"--captions={form}")
+        flags = (*TINY, "--config.data.name=latents", f"--config.data.path={tmp_path / form}", "--config.log_every=1",
+                 "--config.data.image_size=8", "--config.data.context_length=7", "--config.data.context_width=12",
+                 f"--config.data.captions={form}", "--config.sample_every=0")  # fmt: skip
+        run("main.py", *flags, f"--workdir={tmp_path / f'run_{form}'}")
+        lines = (tmp_path / f"run_{form}" / "metrics.jsonl").read_text().splitlines()
+        losses[form] = [json.loads(line)["loss"] for line in lines]
+    np.testing.assert_allclose(losses["ids"], losses["embeddings"], rtol=1e-3)
+    run("main.py", *flags, "--config.steps=3", f"--workdir={tmp_path / 'parts'}")
+    run("main.py", *flags, f"--workdir={tmp_path / 'parts'}")
+    jax.tree.map(np.testing.assert_array_equal, final_state(tmp_path / "parts"), final_state(tmp_path / "run_ids"))
+
+
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     """The workdir of a finished tiny run of the demo. Read only."""
@@ -306,6 +324,20 @@ def test_tokens_of_a_run_with_captions(demo, tmp_path):
     assert output.exists()
     done = call("linear_probe", f"--workdir={demo}", f"--output={tmp_path / 'probe'}", code=2)
     assert "predicts labels" in done.stderr
+
+
+def test_a_judge_says_how_many_samples_are_right(demo, tmp_path):
+    """Of an untrained run next to none, and how good the judge is; the samples can be kept."""
+    samples = tmp_path / "samples.npz"
+    for kind in ("seen", "held_out"):
+        done = call("fid", f"--workdir={demo}", f"--prompts={kind}", "--num_samples=12", "--sampling_batch_size=12",
+                    f"--save_samples={samples}")  # fmt: skip
+        result = json.loads(done.stdout)
+        assert result["prompts"] == kind
+        assert result["judged_right"] <= 1 / 6
+        assert result["judge_accuracy"] >= 0.97
+        assert np.load(samples)["arr_0"].shape == (12, 16, 16, 1)
+        samples.unlink()
 
 
 def test_the_judge_takes_no_reference(demo):
