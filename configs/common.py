@@ -122,7 +122,8 @@ def smoke(config: ConfigDict) -> None:
     config.model.update(depth=4, width=64, heads=4, remat="none")
     config.alignment.update(student_block=1, teacher_block=3)
     config.sampling.update(steps=type(config.sampling.steps)(10), preview_per_class=2)
-    config.mesh.update(data=-1, fsdp=1, model=1)
+    config.accumulation = 1
+    config.mesh.update(data=-1, fsdp=0, model=1)
     small_methods(config, standardise="none")
 
 
@@ -133,8 +134,9 @@ def paper(size: str, name: str, student_block: int, teacher_block: int, image_si
     config.batch_size = BATCH_SIZE
     config.dtype = "bfloat16"
     config.data.update(name="latents", image_size=image_size // 8, channels=4, num_classes=1000)
-    # Keeping the products costs memory that 256 latent tokens have to spare, and four times as many do not.
-    config.model.update(SIZES[size], patch=2, remat="dots" if image_size == 256 else "block")
+    # Where these run is not known: mesh, recomputation and accumulation are left to the devices' memory.
+    config.model.update(SIZES[size], patch=2, remat=config_lib.AUTO)
+    config.accumulation = 0
     # The authors lower the weight by a tenth over so many epochs, once an epoch, after a first stretch.
     first_epoch, tenfold = (149, 1000) if image_size == 256 else (99, 800)
     config.alignment.update(

@@ -1,7 +1,6 @@
 """SiT-XL/2 + SRA on ImageNet 256x256, the paper's main result.
 
     python main.py --config=configs/sit_xl2.py --workdir=W --config.data.path=LATENTS
-    python main.py --config=configs/sit_xl2.py --workdir=W --config.data.path=LATENTS --config.mesh.fsdp=4 # 16 GB chips
     python main.py --config=configs/sit_xl2.py:smoke   # a minute on a CPU, random latents
 
 Expected (paper): FID 1.58, sFID 4.65, IS 311.4, precision 0.80, recall 0.63 after 800 epochs with guidance 1.8 on

@@ -33,7 +33,8 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.dtype = "bfloat16"
     config.log_every, config.sample_every, config.checkpoint_every = 100, 10_000, 10_000
     config.data.update(name="latents", image_size=32, channels=4, context_length=77, context_width=768)
-    config.model.update(patch=2, depth=24, width=768, heads=24, initialisation="uniform", remat="dots")
+    config.model.update(patch=2, depth=24, width=768, heads=24, initialisation="uniform", remat=config_lib.AUTO)
+    config.accumulation = 0
     config.alignment.update(student_block=8, teacher_block=16, weight=0.2, interval=(0.0, 0.2))
     config.optimizer.update(learning_rate=1e-4, clip_norm=1.0)
     config.ema.decay = 0.9999

@@ -8,9 +8,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.running import ROOT, command_environment, compilation_cache, run, start  # noqa: F401
+from tests.running import QUICK_COMPILING, ROOT, command_environment, compilation_cache, run, start  # noqa: F401
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = " ".join(
+    [QUICK_COMPILING, os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
+)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # Most of a test's time would be the compilation of what another test, or the last run of the suite, has compiled.

@@ -25,6 +25,9 @@ from sra_jax import memory_pages
 
 ROOT = Path(__file__).resolve().parents[1]
 SERVER = Path(__file__).with_name("running_server.py")
+QUICK_COMPILING = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+"""Tests compile much and compute little: this halves the former; fusions and layouts stay as they are."""
+
 READ_AT_IMPORT = ("JAX_", "TF_", "GLIBC_", "OPENBLAS_", "OMP_", "LD_", "PYTHON", "MPL")
 """Variables that start so are read before a forked process can be given other ones: it takes a fresh one."""
 
@@ -124,7 +127,7 @@ def _imported(environment: Mapping[str, str]) -> dict[str, str]:
 def command_environment(devices: int = 1) -> dict[str, str]:
     """The environment of a user's shell, with so many simulated devices."""
     environment = dict(os.environ, JAX_PLATFORMS="cpu")
-    environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    environment["XLA_FLAGS"] = f"{QUICK_COMPILING} --xla_force_host_platform_device_count={devices}"
     return environment
 
 

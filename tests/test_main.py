@@ -21,7 +21,8 @@ def test_what_a_run_leaves(tiny_run):
     assert records[0].keys() == {
         "step", "loss", "loss_denoising", "loss_alignment", "alignment_weight", "learning_rate", "grad_norm",
         "param_norm", "update_norm", "student_feature_norm", "teacher_feature_norm", "sra/cosine", "sra/student_rank",
-        "sra/target_rank", "steps_per_second", "examples_per_second",
+        "sra/target_rank", "steps_per_second", "examples_per_second", "device/tflops_per_second", "time/data_seconds",
+        "time/device_seconds", "time/saving_seconds", "time/logging_seconds", "time/run_seconds", "time/goodput",
     }  # fmt: skip
     assert records[-1]["loss_denoising"] < records[0]["loss_denoising"]
     assert json.loads((tiny_run / "config.json").read_text())["model"]["width"] == 32

@@ -5,10 +5,10 @@ compiled by libtpu (pip install of the version that the installed JAX names; --h
 where data.path is empty, random latents of the recipe's shape stand in. Memory and operations are the compiler's; times
 are estimates from the chip's published rates.
 
+What the recipe leaves open of mesh, remat policy and accumulation is chosen as main.py would choose it on the slice.
 --search tries meshes, remat policies and accumulations, leaves out what surely does not fit, says how each does, and
 ends with the fastest that fits and the flags that give it (--json has them too). --table compiles every recipe of
---recipes for every slice of --slices, each with the smallest fsdp of 1, 4, 16, 64 at which the state takes at most a
-third of the chip's memory, and the first accumulation of 1, 2, 4 that fits. A compilation takes half a minute on two
+--recipes for every slice of --topologies, each as main.py would run it there. A compilation takes half a minute on two
 cores, whatever the depth. --results keeps what the compiler said of each program and reads it again when the same
 program is met, so that a table or a search goes on where it stopped.
 
@@ -29,6 +29,7 @@ Examples:
     python tools/compile_tpu.py --config=configs/sit_xl2_512.py --topology=v5e:4x4 --attention=plain,flash \\
         --remat=none,dots,block --config.mesh.fsdp=4 --results=compiled
     python tools/compile_tpu.py --table --results=compiled
+    python tools/compile_tpu.py --config=configs/sit_xl2.py --topology=v5e:16x16 --slices=2 --config.batch_size=512
     python tools/compile_tpu.py --config=configs/sit_xl2.py --platform=cuda --devices=8
 """
 
@@ -57,19 +58,20 @@ from sra_jax.planning import search as compile_search
 
 FLAGS = flags.FLAGS
 EXIT_DOES_NOT_FIT = 3
-SLICES = ("v4-8", "v4-32", "v5e-16", "v5e-256", "v5p-16", "v6e-16")
+TOPOLOGIES = ("v4-8", "v4-32", "v5e-16", "v5e-256", "v5p-16", "v6e-16")
 
 CONFIG = config_lib.define_flag("The recipe: configs/NAME.py, or configs/NAME.py:VARIANT.")
 flags.DEFINE_string("topology", "v5e:4x4", "Slice to compile for: v5e:4x4, v4:2x2x4, v5e-256, v4-8, ...")
 flags.DEFINE_enum("platform", "tpu", ["tpu", "cuda"], "What to compile, or (cuda) lower, for.")
+cli.whole_flag("slices", 1, "So many slices of --topology, linked by a network.", 1, 1024)
 cli.whole_flag("devices", 8, "Number of GPUs with --platform=cuda.", 1, 1024)
 flags.DEFINE_bool("sample", False, "Compile the sampler instead of the train step.")
 flags.DEFINE_bool("search", False, "Try meshes, remat policies and accumulations; print the fastest that fits.")
-flags.DEFINE_bool("table", False, "Every recipe of --recipes for every slice of --slices, as a Markdown table.")
+flags.DEFINE_bool("table", False, "Every recipe of --recipes for every slice of --topologies, as a Markdown table.")
 flags.DEFINE_list("attention", None, "Implementations of attention to compare, as --config.model.attention takes them.")
 flags.DEFINE_list("remat", None, "Remat policies to compare them with; by default the recipe's.")
 flags.DEFINE_list("recipes", None, "Names of configs/ for --table; by default all SiT and DiT recipes.")
-flags.DEFINE_list("slices", list(SLICES), "Slices for --table.")
+flags.DEFINE_list("topologies", list(TOPOLOGIES), "Slices for --table.")
 cli.path_flag(
     "results", None, "Folder that keeps a JSON file of each compilation, to be read again next time.", local=True
 )
@@ -83,20 +85,23 @@ def main() -> int:
     if FLAGS.results:
         files.check_output("--results", FLAGS.results, folder=True)
     if FLAGS.table:
-        reports = [entry(name, slice_) for name in recipes() for slice_ in FLAGS.slices]
+        reports = [entry(name, slice_) for name in recipes() for slice_ in FLAGS.topologies]
         write_json(reports)
         print(compile_report.table(reports))
         return 0
     config = config_lib.from_flag(CONFIG.value)
     if FLAGS.platform == "cuda":
         return lower_for_cuda(config)
-    wanted = chips.parse_slice(FLAGS.topology)
+    wanted = chips.parse_slice(FLAGS.topology, FLAGS.slices)
     if FLAGS.attention or FLAGS.remat:
         return compare(config, wanted)
     if FLAGS.search:
         report = search(config, wanted)
+    elif FLAGS.sample:
+        report = compiled(compile_search.cheapest(config), wanted)
+        write_json(report)
     else:
-        report = compiled(config, wanted)
+        report = compile_search.chosen(config, wanted, lambda config: compiled(config, wanted), print)[1]
         write_json(report)
     print(compile_report.describe(report))
     return 0 if report["fits"] else EXIT_DOES_NOT_FIT
@@ -125,6 +130,7 @@ def search(config: ConfigDict, wanted: chips.Slice) -> compile_report.Report:
 
 def compare(config: ConfigDict, wanted: chips.Slice) -> int:
     """The recipe with each implementation of attention and each remat policy, as a table."""
+    config = compile_search.begun(config, wanted)
     settings = [
         compile_search.with_settings(config, {"model.attention": attention, "model.remat": remat})
         for attention in FLAGS.attention or [config.model.attention]
@@ -156,15 +162,13 @@ def entry(name: str, slice_name: str) -> compile_report.Report:
     """One row of the table."""
     wanted = chips.parse_slice(slice_name)
     config = importlib.import_module(f"configs.{name}").get_config()
-    report = None
-    for values in compile_search.modest_settings(config, wanted):
-        report = compiled(compile_search.with_settings(config, values), wanted)
-        if report["fits"]:
-            break
-    if report is None:
-        raise UserError(f"configs/{name}.py: batch_size={config.batch_size} cannot be split over {slice_name}")
+    _, report = compile_search.chosen(config, wanted, lambda config: compiled(config, wanted), _silent)
     print(f"{name} {slice_name}: {'fits' if report['fits'] else 'does not fit'}", file=sys.stderr, flush=True)
     return report | {"slice": slice_name}
+
+
+def _silent(_: str) -> None:
+    """The table says it all."""
 
 
 def lower_for_cuda(config: ConfigDict) -> int:
@@ -178,7 +182,7 @@ def lower_for_cuda(config: ConfigDict) -> int:
     print(
         f"{config.name}, train_step, lowered for {FLAGS.devices} GPU(s): {text.count(chr(10)):,} lines of StableHLO\n"
         f"mesh              {', '.join(f'{axis}={size}' for axis, size in program.mesh.shape.items())}\n"
-        f"state on a device {', '.join(f'{k} {compile_report.megabytes(v)}' for k, v in state.items())}\n"
+        f"state on a device {', '.join(f'{k} {compile_report.gigabytes(v)}' for k, v in state.items())}\n"
         f"FLOPs a device    {flops.total / FLAGS.devices:.4e} analytic\n"
         "fits: unknown (XLA compiles for CUDA only where there is a GPU)"
     )

@@ -71,7 +71,7 @@ def train_step(config: ConfigDict, peer: str, repeats: int, peer_large_pages: bo
     ours.close()
     result = {
         "config": config.name, "method": config_lib.methods_of(config).name, "batch_size": config.batch_size,
-        "dtype": config.dtype, "remat": config.model.remat,
+        "dtype": config.dtype, "remat": config_lib.transformer_of(config).remat,
         "step_seconds": statistics.median(figures["method"]), "step_seconds_range": spread(figures["method"]),
         "baseline_step_seconds": statistics.median(figures["baseline"]),
         "over_baseline": ratio(figures["method"], figures["baseline"]),

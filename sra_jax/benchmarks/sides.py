@@ -40,14 +40,14 @@ class JaxSide:
 
     def _compile(self, name: str) -> tuple[Any, Any, Any, float]:
         """The config with its method or without, its programs, its compiled step, seconds of tracing and compiling."""
-        from sra_jax.training import loop
+        from sra_jax.training import program as program_lib
 
         config = self._config.copy_and_resolve_references()
         with config.unlocked():
             config.method.name = config.method.name if name == "method" else "none"
-        program = loop.build(config, self._mesh, self._dataset, config.steps)
+        program = program_lib.build(config, self._mesh, self._dataset, config.steps)
         start = time.perf_counter()
-        shapes = loop.abstract_batch(self._dataset, config.batch_size, self._mesh)
+        shapes = program_lib.abstract_batch(self._dataset, config.batch_size, self._mesh)
         step = program.train_step.lower(program.state, shapes).compile()
         return config, program, step, time.perf_counter() - start
 

@@ -6,6 +6,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from sra_jax.config.keys import (
+    AUTO,
     CAPTION_FORMS,
     CAPTION_KEYS,
     DTYPES,
@@ -17,6 +18,7 @@ from sra_jax.config.keys import (
 )
 from sra_jax.config.limits import check_numbers, check_sizes
 from sra_jax.config.objects import (
+    accumulation_of,
     guidance_interval,
     mesh_shape,
     methods_of,
@@ -59,7 +61,7 @@ def check(config: ConfigDict, device_count: int = 1, platform: str | None = None
     _check_schedules(config)
     process = process_of(config)
     methods_of(config).check(
-        config.process.name, transformer_of(config), config.batch_size, config.batch_size // config.accumulation
+        config.process.name, transformer_of(config), config.batch_size, config.batch_size // accumulation_of(config)
     )
     for method in methods_of(config):
         method.shift(config.label_dropout)  # raises
@@ -111,17 +113,18 @@ def _check_training(config: ConfigDict, device_count: int) -> None:
             "examples and leave the others at 0"
         )
     _choice("dtype", config.dtype, DTYPES)
-    micro, rest = divmod(config.batch_size, config.accumulation)
+    parts = accumulation_of(config)
+    micro, rest = divmod(config.batch_size, parts)
     if rest:
         raise UserError(
-            f"batch_size={config.batch_size} is not divisible by accumulation={config.accumulation}; change one of them"
+            f"batch_size={config.batch_size} is not divisible by accumulation={parts}; change one of them"
         )
     shape = mesh_shape(config, device_count)
     ways = shape["data"] * shape["fsdp"]
     if micro % ways:
         raise UserError(
-            f"batch_size={config.batch_size} in accumulation={config.accumulation} parts of {micro} cannot be split "
-            f"over {ways} devices; make batch_size a multiple of {ways * config.accumulation}"
+            f"batch_size={config.batch_size} in accumulation={parts} parts of {micro} cannot be split "
+            f"over {ways} devices; make batch_size a multiple of {ways * parts}"
         )
     _check_split(config, shape)
 
@@ -144,7 +147,7 @@ def _check_split(config: ConfigDict, shape: dict[str, int]) -> None:
 
 def _check_model(config: ConfigDict) -> None:
     model, data = config.model, config.data
-    _choice("model.remat", model.remat, REMAT_POLICIES)
+    _choice("model.remat", model.remat, (*REMAT_POLICIES, AUTO))
     if tells_captions(config):
         _check_captions(config)
     elif not data.num_classes:

@@ -18,11 +18,14 @@ from sra_jax.methods.registry import defaults as method_defaults
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 LEARNING_RATE_SCHEDULES = ("constant", "cosine")
 EMA_SCHEDULES = ("constant", "cosine")
+AUTO = "auto"
+"""Of model.remat: left to the memory of the devices, as mesh.fsdp=0 and accumulation=0 are."""
 
 FREE_KEYS = (
     "steps", "epochs", "examples", "log_every", "sample_every", "checkpoint_every", "keep", "keep_every",
     "accumulation", "data.path", "data.cache", "data.workers", "data.vae", "data.text_encoder", "mesh",
-    "model.attention", "model.remat", "sampling", "evaluation", "ema.sampled", "compilation_cache",
+    "model.attention", "model.remat", "sampling", "evaluation", "ema.sampled", "compilation_cache", "device_memory",
+    "log", "profile",
 )  # fmt: skip
 """Keys, or groups of keys, that a resumed run may change: they move no number beyond rounding. The length of
 the run is free as long as no schedule depends on it."""
@@ -42,7 +45,7 @@ def default() -> ConfigDict:
             "epochs": 0.0,  # passes over the training set, rounded up to whole steps
             "examples": 0,  # training examples seen, rounded up to whole steps
             "batch_size": 256,  # examples a step over all devices and processes
-            "accumulation": 1,  # microbatches a step; divides batch_size
+            "accumulation": 1,  # microbatches a step; 0: as many as the memory asks for
             "dtype": "float32",  # of matrix products: float32 or bfloat16; everything else is float32
             "label_dropout": 0.1,  # share of labels replaced by the null label, or captions by the empty one
             "log_every": 100,  # steps between lines of metrics.jsonl
@@ -51,6 +54,14 @@ def default() -> ConfigDict:
             "keep": 3,  # newest checkpoints that are kept
             "keep_every": 0,  # checkpoints of every so many steps are kept for good; 0: none
             "compilation_cache": "",  # folder of compiled programs, or off; empty: programs/ in ~/.cache/sra_jax
+            "device_memory": 0.0,  # GB of a device that a step may use; 0: what the device says
+            "log": {
+                "wandb": "",  # project of Weights & Biases that is logged to as well; empty: none
+            },
+            "profile": {
+                "start": 0,  # step from which on a trace is written to the workdir's profile/; 0: none
+                "steps": 5,  # length of the trace
+            },
             "data": {
                 "name": "synthetic",  # digits, latents, pixels or synthetic
                 "path": "",  # latents: folder or address of prepared ones; pixels: idx:DIR and the like
@@ -70,7 +81,7 @@ def default() -> ConfigDict:
                 "mlp_ratio": 4.0,  # width of the MLP over the width of a token
                 "null_label": True,  # a row of the label table for it; False, as DiT without label dropout: no guidance
                 "attention": "auto",  # its implementation: auto, plain, cudnn (NVIDIA GPUs), flash or splash (TPUs)
-                "remat": "none",  # what the backward pass recomputes, from least to most: none, dots, block, full
+                "remat": "none",  # recomputed in the backward pass: none, dots, block, full; auto: by the memory
             },
             "process": {
                 "name": "interpolant",  # the family: interpolant (SiT) or gaussian (DiT); each has its own other keys
@@ -130,7 +141,7 @@ def default() -> ConfigDict:
             },
             "mesh": {
                 "data": -1,  # devices over which the batch is split, with a whole state each; -1: all that are left
-                "fsdp": 1,  # devices over which the batch and the state are split; -1: all that are left
+                "fsdp": 0,  # devices over which batch and state are split; 0: by the memory; -1: all that are left
                 "model": 1,  # devices over which attention heads and the MLP are split (tensor parallelism)
             },
         },

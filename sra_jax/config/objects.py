@@ -6,7 +6,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from sra_jax import values
-from sra_jax.config.keys import DTYPES
+from sra_jax.config.keys import AUTO, DTYPES
 from sra_jax.config.limits import total_fits
 from sra_jax.config.profiles import Profile, profiles
 from sra_jax.diffusion.guidance import Condition, Guidance
@@ -75,7 +75,8 @@ def transformer_of(config: ConfigDict) -> Shape:
         "input_size": data.image_size, "channels": data.channels,
         "output_channels": process_of(config).output_channels(data.channels), "patch": model.patch,
         "depth": model.depth, "width": model.width, "heads": model.heads, "mlp_ratio": model.mlp_ratio,
-        "dtype": DTYPES[config.dtype], "remat": model.remat,
+        "dtype": DTYPES[config.dtype],
+        "remat": "dots" if model.remat == AUTO else model.remat,
     }  # fmt: skip
     if not tells_captions(config):
         return TransformerConfig(num_classes=data.num_classes, null_label=model.null_label, **common)
@@ -132,18 +133,26 @@ def step_flops(config: ConfigDict) -> StepFlops:
     )  # fmt: skip
 
 
+def accumulation_of(config: ConfigDict) -> int:
+    """Microbatches a step; one where the config leaves it to the devices' memory and nobody has asked that yet."""
+    return config.accumulation or 1
+
+
 def fewest_devices(config: ConfigDict) -> int:
     """The smallest number of devices that `config.mesh` can be laid over."""
     return math.prod(max(1, size) for size in config.mesh.values())
 
 
 def mesh_shape(config: ConfigDict, device_count: int) -> dict[str, int]:
-    """Sizes of the mesh axes, with -1 filled in.
+    """Sizes of the mesh axes, with -1 filled in, and for fsdp=0 as few devices as the other axes leave.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices.
     """
     shape = config.mesh.to_dict()
+    if shape["fsdp"] == 0:
+        others = shape["data"] * shape["model"]
+        shape["fsdp"] = device_count // others if others > 0 and device_count % others == 0 else 1
     free = [axis for axis, size in shape.items() if size == -1]
     fixed = math.prod(size for size in shape.values() if size != -1)
     wrong = any(size == 0 or size < -1 for size in shape.values())

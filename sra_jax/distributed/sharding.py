@@ -10,10 +10,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from sra_jax.errors import UserError
 from sra_jax.models import attention, operations
 from sra_jax.models.flops import Shape
 from sra_jax.models.stack import Placement
@@ -46,10 +47,32 @@ RULES: tuple[tuple[str, P], ...] = (
 
 
 def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over all devices of all processes; `shape` gives the size of each axis, as `config.mesh_shape` does."""
-    return jax.make_mesh(
-        tuple(shape.values()), tuple(shape), axis_types=(jax.sharding.AxisType.Auto,) * len(shape), devices=devices
-    )
+    """A mesh over all devices of all processes; `shape` gives the size of each axis, as `config.mesh_shape` does.
+
+    Where the devices are TPU slices that a network links, `data` is the axis that goes across them: only the sums of
+    gradients do.
+
+    Raises:
+      UserError: the axis `data` cannot be divided among the slices.
+    """
+    kinds = (jax.sharding.AxisType.Auto,) * len(shape)
+    slices = slice_count(devices)
+    if slices == 1:
+        return jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=kinds, devices=devices)
+    if shape["data"] % slices:
+        raise UserError(
+            f"mesh.data={shape['data']} cannot be divided among {slices} slices: make it a multiple of {slices}, and "
+            "mesh.fsdp and mesh.model no larger than a slice"
+        )
+    within = {axis: size // slices if axis == "data" else size for axis, size in shape.items()}
+    across = {axis: slices if axis == "data" else 1 for axis in shape}
+    grid = mesh_utils.create_hybrid_device_mesh(tuple(within.values()), tuple(across.values()), devices)
+    return Mesh(grid, tuple(shape), axis_types=kinds)
+
+
+def slice_count(devices: Sequence[jax.Device] | None = None) -> int:
+    """Slices that the devices lie on; only those of TPUs say so, and there is one of anything else."""
+    return len({getattr(device, "slice_index", 0) for device in devices or jax.devices()})
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

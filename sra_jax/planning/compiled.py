@@ -9,6 +9,8 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
+
 BYTES = {
     "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "s64": 8, "u64": 8,
     "f16": 2, "bf16": 2, "f32": 4, "f64": 8, "c64": 8, "c128": 16, "f8e4m3fn": 1, "f8e5m2": 1,
@@ -75,12 +77,14 @@ class Cost:
       flops: of matrix products and convolutions, 2 for a multiplication with its addition.
       kernels: (FLOPs, bytes read from and written to main memory) of each kernel, times its number of runs.
       sent: bytes that a device sends to others by kind of collective, with ring algorithms.
+      crossing: of `sent`, the bytes that go to another slice.
       unknown_loops: loops whose number of runs could not be read; they are counted once.
     """
 
     flops: float = 0.0
     kernels: list[tuple[float, float]] = dataclasses.field(default_factory=list)
     sent: dict[str, float] = dataclasses.field(default_factory=lambda: collections.defaultdict(float))
+    crossing: dict[str, float] = dataclasses.field(default_factory=lambda: collections.defaultdict(float))
     unknown_loops: int = 0
 
     @property
@@ -113,37 +117,44 @@ class Program:
         for computation in self.computations.values():
             yield from computation.values()
 
-    def cost(self) -> Cost:
-        """Operations, traffic and collectives of one run."""
+    def cost(self, slice_size: int | None = None) -> Cost:
+        """Operations, traffic and collectives of one run.
+
+        Args:
+          slice_size: devices of a slice, where there are several slices.
+        """
         cost = Cost()
-        chained: dict[str, tuple[str, float]] = {}
-        self._add(self.entry, 1, cost, chained)
-        for kind, size in chained.values():
-            cost.sent[kind] += size
+        chained: dict[str, tuple[str, float, str]] = {}
+        self._add(self.entry, 1, cost, chained, slice_size)
+        for found in chained.values():
+            _count_sent(cost, *found, slice_size)
         return cost
 
-    def _add(self, computation: str, runs: int, cost: Cost, chained: dict[str, tuple[str, float]]) -> None:
+    def _add(
+        self, computation: str, runs: int, cost: Cost, chained: dict[str, tuple[str, float, str]],
+        slice_size: int | None,
+    ) -> None:
         body = self.computations[computation]
         for instruction in body.values():
             opcode = instruction.opcode
             if opcode == "while":
                 trips = self.trip_count(instruction, body)
                 cost.unknown_loops += trips is None
-                self._add(instruction.needed("body"), runs * (trips or 1), cost, chained)
+                self._add(instruction.needed("body"), runs * (trips or 1), cost, chained, slice_size)
             elif opcode == "conditional":
                 for branch in _branches(instruction)[:1]:
-                    self._add(branch, runs, cost, chained)
+                    self._add(branch, runs, cost, chained, slice_size)
             elif opcode == "call":
-                self._add(instruction.needed("to_apply"), runs, cost, chained)
+                self._add(instruction.needed("to_apply"), runs, cost, chained, slice_size)
             elif opcode not in FREE:
                 flops = self._flops(instruction, body)
                 cost.flops += runs * flops
                 cost.kernels.append((runs * flops, runs * self._traffic(instruction, body)))
-                self._add_collectives(instruction, body, runs, cost, chained)
+                self._add_collectives(instruction, body, runs, cost, chained, slice_size)
 
     def _add_collectives(
         self, instruction: Instruction, body: Mapping[str, Instruction], runs: int, cost: Cost,
-        chained: dict[str, tuple[str, float]],
+        chained: dict[str, tuple[str, float, str]], slice_size: int | None,
     ) -> None:
         kind = instruction.opcode.removesuffix("-start")
         if kind in COLLECTIVES:
@@ -153,12 +164,12 @@ class Program:
             if "chain_id" in instruction.rest:
                 # TPU programs cut a collective into pieces that run inside several kernels; each piece shows the whole.
                 key = f"{instruction.attribute('channel_id')}"
-                chained[key] = max(chained.get(key, (kind, 0.0)), (kind, size))
+                chained[key] = max(chained.get(key, (kind, 0.0, "")), (kind, size, instruction.rest))
             else:
-                cost.sent[kind] += size
+                _count_sent(cost, kind, size, instruction.rest, slice_size)
         elif inner := self._inner(instruction):
             for part in inner.values():
-                self._add_collectives(part, inner, runs, cost, chained)
+                self._add_collectives(part, inner, runs, cost, chained, slice_size)
 
     def _inner(self, instruction: Instruction) -> Mapping[str, Instruction] | None:
         if instruction.opcode in ("fusion", "async-start"):
@@ -333,6 +344,12 @@ def _is_sliced(instruction: Instruction, body: Mapping[str, Instruction]) -> boo
     return root.opcode == "dynamic-slice" and root.operands[0] == instruction.name
 
 
+def _count_sent(cost: Cost, kind: str, size: float, attributes: str, slice_size: int | None) -> None:
+    cost.sent[kind] += size
+    if slice_size and size:
+        cost.crossing[kind] += crossing(kind, size, attributes, slice_size)
+
+
 def _sent(kind: str, instruction: Instruction, body: Mapping[str, Instruction]) -> float:
     """Bytes that a device sends in one collective by a ring algorithm."""
     size = sum(array.bytes for name in instruction.operands if name in body for array in body[name].arrays)
@@ -344,15 +361,61 @@ def _sent(kind: str, instruction: Instruction, body: Mapping[str, Instruction]) 
 
 
 def group_size(attributes: str) -> int:
-    """Devices that take part in one collective, from any of the three ways in which its text gives them."""
+    """Devices that take part in one collective."""
+    return groups(attributes).shape[1]
+
+
+def groups(attributes: str) -> np.ndarray:
+    """Which devices take part in a collective together, from any of the ways in which its text gives them.
+
+    Returns:
+      (number of groups, devices of a group) int, counted in the order of the mesh; of a permutation, the pairs.
+    """
     if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes):
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
-        return math.prod(sizes[name] for name in re.findall(r"'(\w+)'", found[2]))
-    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes):
-        return int(found[2])
-    if found := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
-        return len(found[1].split(","))
+        together = re.findall(r"'(\w+)'", found[2])
+        axes = [axis for axis, name in enumerate(sizes) if name not in together]
+        axes += [list(sizes).index(name) for name in together]
+        ids = re.search(r"device_ids=\((\[[^)]*?\](?:T\([\d,]+\))?)\)", attributes)
+        devices = (_iota(ids[1]) if ids else np.arange(math.prod(sizes.values()))).reshape(*sizes.values())
+        return devices.transpose(axes).reshape(-1, math.prod(sizes[name] for name in together))
+    if found := re.search(r"replica_groups=\[(\d+),(\d+)\](?:<=(\[[\d,]+\](?:T\([\d,]+\))?))?", attributes):
+        count, size = int(found[1]), int(found[2])
+        return (_iota(found[3]) if found[3] else np.arange(count * size)).reshape(count, size)
+    if found := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,]*\}(?:,\{[\d,]*\})*)\}", attributes):
+        return np.asarray([[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", found[1])])
     raise ValueError(f"how many devices take part is not clear from: {attributes[:200]}")
+
+
+def _iota(text: str) -> np.ndarray:
+    """`[8,4]T(1,0)`: the numbers from 0 on in this shape, its axes transposed."""
+    shape, _, order = text.partition("T")
+    numbers = np.arange(math.prod(sides := [int(n) for n in re.findall(r"\d+", shape)])).reshape(sides)
+    return numbers.transpose([int(n) for n in re.findall(r"\d+", order)]) if order else numbers
+
+
+def crossing(kind: str, sent: float, attributes: str, slice_size: int) -> float:
+    """Bytes of a collective that a device sends to other slices, of `sent` in all.
+
+    Groups that span slices are taken to work within their slice first, so that its members share what crosses.
+
+    Args:
+      kind: of `COLLECTIVES`.
+      sent: as `Cost.sent` counts it.
+      attributes: the instruction's.
+      slice_size: devices of a slice, which are neighbours in the mesh's order.
+    """
+    members = groups(attributes)
+    of_slice = members // slice_size
+    if kind == "collective-permute":
+        return sent * float(np.mean(of_slice[:, 0] != of_slice[:, 1]))
+    slices = len(np.unique(of_slice[0]))
+    size = members.shape[1]
+    if slices == 1:
+        return 0.0
+    if kind == "all-gather":  # every device's part comes into every other slice once
+        return sent / (size - 1) * (slices - 1)
+    return sent * size / (size - 1) * (slices - 1) / size
 
 
 def _source(body: Mapping[str, Instruction], instruction: Instruction) -> Instruction:

@@ -5,7 +5,6 @@ import hashlib
 import importlib.metadata
 import inspect
 import json
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,11 +22,12 @@ from sra_jax.distributed.chips import Slice, describe_devices
 from sra_jax.planning import compiled
 from sra_jax.runs import PROFILES, TREES
 from sra_jax.sampling.generation import Generator
-from sra_jax.training import loop
+from sra_jax.training import fitting
+from sra_jax.training.fitting import gigabytes
+from sra_jax.training.program import Program, abstract_batch
+from sra_jax.training.program import build as build_program
 
 Report = dict[str, Any]
-RESERVED = 0.25 / 16
-"""Share of HBM that the compiler keeps to itself: it offers 15.75 GB of 16."""
 
 
 def without_data(config: ConfigDict) -> ConfigDict:
@@ -41,7 +41,7 @@ def without_data(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def state_bytes(program: loop.Program) -> dict[str, int]:
+def state_bytes(program: Program) -> dict[str, int]:
     """Bytes that one device holds of parameters, EMA, optimizer state and, where there are some, further EMAs."""
 
     def held(tree: Any) -> int:
@@ -55,15 +55,15 @@ def state_bytes(program: loop.Program) -> dict[str, int]:
     return sizes | ({PROFILES: held(state.profiles)} if state.profiles else {})
 
 
-def build(config: ConfigDict, devices: list[Any]) -> tuple[loop.Program, Any]:
+def build(config: ConfigDict, devices: list[Any]) -> tuple[Program, Any]:
     """The run's program on these devices and its abstract batch, as main.py makes them."""
     mesh = sharding.make_mesh(config_lib.mesh_shape(config, len(devices)), devices)
     dataset = datasets.training_set(config)
-    program = loop.build(config, mesh, dataset, config_lib.total_steps(config, len(dataset.source)))
-    return program, loop.abstract_batch(dataset, config.batch_size, mesh)
+    program = build_program(config, mesh, dataset, config_lib.total_steps(config, len(dataset.source)))
+    return program, abstract_batch(dataset, config.batch_size, mesh)
 
 
-def lower(config: ConfigDict, devices: list[Any], sample: bool = False) -> tuple[loop.Program, Any]:
+def lower(config: ConfigDict, devices: list[Any], sample: bool = False) -> tuple[Program, Any]:
     """The run's program on these devices and its lowered train step, or sampler."""
     program, batch = build(config, devices)
     if sample:
@@ -72,7 +72,7 @@ def lower(config: ConfigDict, devices: list[Any], sample: bool = False) -> tuple
     return program, program.train_step.lower(program.state, batch)
 
 
-def lower_for_platform(config: ConfigDict, devices: list[Any], platform: str) -> tuple[loop.Program, str]:
+def lower_for_platform(config: ConfigDict, devices: list[Any], platform: str) -> tuple[Program, str]:
     """The run's program on stand-in devices, and the StableHLO of its train step lowered for another platform."""
     program, batch = build(config, devices)
     lowered = program.train_step.trace(program.state, batch).lower(lowering_platforms=(platform,))
@@ -109,14 +109,14 @@ def compile_for(config: ConfigDict, wanted: Slice, sample: bool = False, results
         "data": config.data.name,
         "mesh": dict(program.mesh.shape),
         "batch_size": config.batch_size,
-        "accumulation": config.accumulation,
-        "remat": config.model.remat,
+        "accumulation": config_lib.accumulation_of(config),
+        "remat": config_lib.transformer_of(config).remat,
         "attention": sharding.implementation_on(program.mesh, config.model.attention, shape),
         "tokens": shape.attended,
         "dtype": config.dtype,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(program.state.params["model"])),
         "state_bytes": state_bytes(program),
-        "hbm_bytes": usable_bytes(wanted),
+        "hbm_bytes": wanted.usable_bytes,
     }
     report |= _kept(lowered, wanted, results) if results else _measure(lowered, wanted)
     if "step_seconds" in report and not sample:
@@ -148,24 +148,21 @@ def _measure(lowered: jax.stages.Lowered, wanted: Slice) -> Report:
     try:
         program = lowered.compile()
     except Exception as error:
-        return _refused(error)
-    memory: Any = program.memory_analysis()
-    parts = {
-        "arguments": memory.argument_size_in_bytes,
-        "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        "temporaries": memory.temp_size_in_bytes,
-        "code": memory.generated_code_size_in_bytes,
-    }
-    cost = compiled.Program(program.as_text() or "").cost()
+        peak = fitting.refused_bytes(error)  # raises any other
+        return {"fits": False, "peak_bytes": peak, "refused": str(error).strip().splitlines()[0][:300]}
+    parts = fitting.memory_parts(program)
+    slices = wanted.size // wanted.count if wanted.count > 1 else None
+    cost = compiled.Program(program.as_text() or "").cost(slices)
     kernels = cost.kernel_seconds(chip.peak_flops, chip.memory_bandwidth)
     links = sum(cost.sent.values()) / chip.link_bandwidth
     return {
         "memory_bytes": parts,
         "peak_bytes": sum(parts.values()),
-        "fits": sum(parts.values()) <= usable_bytes(wanted),
+        "fits": sum(parts.values()) <= wanted.usable_bytes,
         "flops": cost.flops,
         "memory_traffic_bytes": cost.memory_bytes,
         "sent_bytes": dict(cost.sent),
+        **({"sent_to_other_slices_bytes": dict(cost.crossing)} if slices else {}),
         "unknown_loops": cost.unknown_loops,
         "step_seconds": {
             "arithmetic": cost.flops / chip.peak_flops, "kernels": kernels, "links": links,
@@ -173,26 +170,6 @@ def _measure(lowered: jax.stages.Lowered, wanted: Slice) -> Report:
         },
         "communication_share": links / (kernels + links),
     }  # fmt: skip
-
-
-def _refused(error: Exception) -> Report:
-    """What the compiler said of a program that does not fit; any other error is raised again."""
-    text = str(error)
-    if "RESOURCE_EXHAUSTED" not in text and "exceeded" not in text.lower():
-        raise error
-    used = re.search(r"(?:Used |temporaries \()([\d.]+)([GM])\b", text)
-    peak = int(float(used[1]) * (2**30 if used[2] == "G" else 2**20)) if used else None
-    return {"fits": False, "peak_bytes": peak, "refused": text.strip().splitlines()[0][:300]}
-
-
-def usable_bytes(wanted: Slice) -> int:
-    """HBM of one chip that a program may use."""
-    return int(wanted.chip.memory_bytes * (1 - RESERVED))
-
-
-def megabytes(size: float) -> str:
-    """Bytes for people."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def describe(report: Report) -> str:
@@ -206,15 +183,15 @@ def describe(report: Report) -> str:
         + f"; batch {report['batch_size']} in {report['accumulation']} part(s), remat {report['remat']}, "
         f"attention {report['attention']}, {report['dtype']}",
         f"parameters        {report['parameters'] / 1e6:.2f}M; state on a device: "
-        + ", ".join(f"{name} {megabytes(size)}" for name, size in state.items()),
+        + ", ".join(f"{name} {gigabytes(size)}" for name, size in state.items()),
     ]
     if "memory_bytes" in report:
-        parts = ", ".join(f"{name} {megabytes(size)}" for name, size in report["memory_bytes"].items())
-        lines += [f"HBM a device      {megabytes(report['peak_bytes'])} of {megabytes(report['hbm_bytes'])}: {parts}"]
+        parts = ", ".join(f"{name} {gigabytes(size)}" for name, size in report["memory_bytes"].items())
+        lines += [f"HBM a device      {gigabytes(report['peak_bytes'])} of {gigabytes(report['hbm_bytes'])}: {parts}"]
         lines += _describe_cost(report)
     else:
-        needed = megabytes(report["peak_bytes"]) if report["peak_bytes"] else "more"
-        lines += [f"HBM a device      {needed} needed of {megabytes(report['hbm_bytes'])}: the compiler refuses"]
+        needed = gigabytes(report["peak_bytes"]) if report["peak_bytes"] else "more"
+        lines += [f"HBM a device      {needed} needed of {gigabytes(report['hbm_bytes'])}: the compiler refuses"]
     return "\n".join([*lines, f"fits: {'yes' if report['fits'] else 'no'}"])
 
 
@@ -229,9 +206,10 @@ def _describe_cost(report: Report) -> list[str]:
         )
     if report["unknown_loops"]:
         lines.append(f"                  {report['unknown_loops']} loop(s) of unknown length are counted once")
-    sent = ", ".join(f"{kind} {megabytes(size)}" for kind, size in sorted(report["sent_bytes"].items()))
+    sent = ", ".join(f"{kind} {gigabytes(size)}" for kind, size in sorted(report["sent_bytes"].items()))
     lines += [
         f"sent by a device  {sent or 'nothing'}",
+        *_describe_crossing(report),
         f"estimate          kernels {seconds['kernels'] * 1e3:.1f} ms (arithmetic alone "
         f"{seconds['arithmetic'] * 1e3:.1f} ms), links {seconds['links'] * 1e3:.1f} ms; together "
         f"{seconds['overlapped'] * 1e3:.1f} ms overlapped to {seconds['in_turn'] * 1e3:.1f} ms in turn",
@@ -239,6 +217,14 @@ def _describe_cost(report: Report) -> list[str]:
     if "mfu" in report:
         lines.append(f"MFU, estimated    {report['mfu']['in_turn']:.1%} to {report['mfu']['overlapped']:.1%}")
     return lines
+
+
+def _describe_crossing(report: Report) -> list[str]:
+    if "sent_to_other_slices_bytes" not in report:
+        return []
+    kinds = {kind: size for kind, size in sorted(report["sent_to_other_slices_bytes"].items()) if size}
+    shown = ", ".join(f"{kind} {gigabytes(size)}" for kind, size in kinds.items())
+    return [f"of it, to slices  {shown or 'nothing'} over the network between them, which the times leave out"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,7 +255,7 @@ ATTENTION_COLUMNS = (
     Row("tokens", lambda r: r["tokens"]),
     Row("attention", lambda r: r["attention"]),
     *(column for column in COLUMNS if column.heading in ("remat", "fits", "HBM")),
-    Row("memory traffic", lambda r: megabytes(r["memory_traffic_bytes"]) if "memory_traffic_bytes" in r else "-"),
+    Row("memory traffic", lambda r: gigabytes(r["memory_traffic_bytes"]) if "memory_traffic_bytes" in r else "-"),
     *(column for column in COLUMNS if column.heading in ("step, estimated", "MFU")),
 )  # fmt: skip
 """What implementations of attention are compared by."""

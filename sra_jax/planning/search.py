@@ -1,21 +1,18 @@
-"""Settings with which a recipe suits a TPU slice: found by compiling, or chosen modestly without."""
+"""Settings with which a recipe suits a TPU slice: those that main.py would choose there, and the fastest of all."""
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
 from sra_jax import config as config_lib
 from sra_jax.distributed.chips import Slice, describe_devices
 from sra_jax.errors import UserError
-from sra_jax.planning.report import Report, build, megabytes, state_bytes, usable_bytes, without_data
-from sra_jax.runs.state import Networks
-
-STATE_COPIES = 4
-"""Parameters, EMA and two moments."""
+from sra_jax.planning.report import Report, build, state_bytes, without_data
+from sra_jax.training import fitting
+from sra_jax.training.fitting import cheapest, gigabytes, shown, with_settings
 
 
 class Search:
@@ -48,7 +45,7 @@ class Search:
         Raises:
           UserError: the batch cannot be split over the slice.
         """
-        policies = (self._config.model.remat,) if self._sample else ("none", "dots", "block")
+        policies = (config_lib.transformer_of(self._config).remat,) if self._sample else ("none", "dots", "block")
         possible_meshes = self._meshes()
         if not possible_meshes:
             raise UserError(
@@ -71,14 +68,17 @@ class Search:
         size, width = self._wanted.size, self._config.model.width
         sizes = sorted({fsdp for fsdp in (1, 4, 16, 64, 256, size) if size % fsdp == 0 and width % fsdp == 0})
         meshes = [{"mesh.data": size // fsdp, "mesh.fsdp": fsdp, "mesh.model": 1} for fsdp in sizes]
-        return [mesh for mesh in meshes if possible(self._config, mesh | {"accumulation": 1}, size)]
+        return [mesh for mesh in meshes if self._possible(mesh | {"accumulation": 1})]
+
+    def _possible(self, values: Mapping[str, Any]) -> bool:
+        return fitting.possible(with_settings(without_data(self._config), values), self._wanted.size)
 
     def _state_fits(self, mesh: Mapping[str, int]) -> bool:
         if self._sample:
             return True
-        needed, limit = self._state_bytes(mesh), usable_bytes(self._wanted)
+        needed, limit = self._state_bytes(mesh), self._wanted.usable_bytes
         if needed > limit:
-            self._say(f"{_shown(mesh)}: left out, the state alone takes {megabytes(needed)} of {megabytes(limit)}")
+            self._say(f"{shown(mesh)}: left out, the state alone takes {gigabytes(needed)} of {gigabytes(limit)}")
         return needed <= limit
 
     def _state_bytes(self, mesh: Mapping[str, int]) -> int:
@@ -86,16 +86,15 @@ class Search:
         return sum(state_bytes(build(config, describe_devices(self._wanted))[0]).values())
 
     def _refine(self, mesh: Mapping[str, int], remat: str) -> None:
-        accumulation, least = self._config.accumulation if self._sample else 1, 0.0
-        while possible(self._config, values := {**mesh, "model.remat": remat, "accumulation": accumulation},
-                       self._wanted.size):  # fmt: skip
-            limit = usable_bytes(self._wanted)
+        accumulation, least = config_lib.accumulation_of(self._config) if self._sample else 1, 0.0
+        while self._possible(values := {**mesh, "model.remat": remat, "accumulation": accumulation}):
+            limit = self._wanted.usable_bytes
             if least > limit:
-                self._say(f"{_shown(values)}: left out, needs {megabytes(least)} or more of {megabytes(limit)}")
+                self._say(f"{shown(values)}: left out, needs {gigabytes(least)} or more of {gigabytes(limit)}")
             else:
                 report = self._compile(with_settings(self._config, values))
                 self.tried.append((values, report))
-                self._say(f"{_shown(values)}: {_outcome(report)}")
+                self._say(f"{shown(values)}: {_outcome(report)}")
                 if report["fits"] or self._sample:
                     return
                 refused_at, state = accumulation, sum(report["state_bytes"].values())
@@ -104,48 +103,51 @@ class Search:
             least = state + beyond * refused_at / accumulation
 
 
-def _shown(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key.split('.')[-1]}={value}" for key, value in values.items())
-
-
 def _outcome(report: Report) -> str:
     if not report["fits"]:
-        needed = megabytes(report["peak_bytes"]) if report["peak_bytes"] else "more"
-        return f"does not fit, needs {needed} of {megabytes(report['hbm_bytes'])}"
+        needed = gigabytes(report["peak_bytes"]) if report["peak_bytes"] else "more"
+        return f"does not fit, needs {needed} of {gigabytes(report['hbm_bytes'])}"
     seconds = report["step_seconds"]
     return (
-        f"{seconds['overlapped'] * 1e3:.1f} to {seconds['in_turn'] * 1e3:.1f} ms, {megabytes(report['peak_bytes'])} of "
-        f"{megabytes(report['hbm_bytes'])}"
+        f"{seconds['overlapped'] * 1e3:.1f} to {seconds['in_turn'] * 1e3:.1f} ms, {gigabytes(report['peak_bytes'])} of "
+        f"{gigabytes(report['hbm_bytes'])}"
     )
 
 
-def modest_settings(config: ConfigDict, wanted: Slice) -> Iterator[dict[str, Any]]:
-    """The recipe as it is but for the mesh and accumulation: the smallest fsdp at which the state takes at most a third
-    of a chip's memory, then accumulation 1, 2, 4."""
-    shape = config_lib.transformer_of(config)
-    graph = jax.eval_shape(Networks(config).init, jax.random.key(0))
-    whole = STATE_COPIES * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(graph))
-    for fsdp in (1, 4, 16, 64):
-        if shape.width % fsdp == 0 and whole / fsdp <= wanted.chip.memory_bytes / 3:
-            break
-    fsdp = min(fsdp, wanted.size)
-    for accumulation in (1, 2, 4):
-        values = {"mesh.data": wanted.size // fsdp, "mesh.fsdp": fsdp, "accumulation": accumulation}
-        if possible(config, values, wanted.size):
-            yield values
+def begun(config: ConfigDict, wanted: Slice) -> ConfigDict:
+    """The recipe with the setting that would be tried first on the slice of what it leaves open."""
+    settings = fitting.candidates(without_data(config), wanted.size, wanted.usable_bytes)
+    return with_settings(config, next(settings, {})) if fitting.is_open(config) else config
 
 
-def with_settings(config: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
-    """A copy of the config with other values."""
-    config = config.copy_and_resolve_references()
-    config.update_from_flattened_dict(dict(values))
-    return config
+def chosen(
+    config: ConfigDict, wanted: Slice, compile_one: Callable[[ConfigDict], Report], say: Callable[[str], None]
+) -> tuple[dict[str, Any], Report]:
+    """What main.py would choose on the slice of what the recipe leaves open: the values, and the report on them.
 
+    Where nothing fits, the report is of the setting that was nearest.
 
-def possible(config: ConfigDict, values: Mapping[str, Any], devices: int) -> bool:
-    """Whether a config with these values passes its checks."""
+    Raises:
+      UserError: the batch cannot be split over the slice.
+    """
+    config = without_data(config)
+    tried: list[tuple[ConfigDict, Report]] = []
+
+    def attempt(config: ConfigDict) -> fitting.Attempt:
+        report = compile_one(config)
+        tried.append((config, report))
+        return fitting.Attempt(report["fits"], report["peak_bytes"], report)
+
+    if not fitting.is_open(config):
+        return {}, compile_one(config)
     try:
-        config_lib.check(with_settings(without_data(config), values), devices)
-    except UserError:
-        return False
-    return True
+        best, found = fitting.choose(config, wanted.size, wanted.usable_bytes, attempt, say)
+        report = found.result
+        say(fitting.explained(config, best, wanted.size, wanted.usable_bytes, found))
+    except UserError as error:
+        if not tried:
+            config_lib.check(cheapest(config), wanted.size)  # why no setting could be tried
+            raise
+        say(str(error))
+        best, report = min(tried, key=lambda entry: entry[1]["peak_bytes"] or math.inf)
+    return {key: fitting.value(best, key) for key in fitting.KEYS}, report

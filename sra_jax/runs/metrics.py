@@ -2,8 +2,9 @@
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +14,13 @@ from sra_jax.runs import events
 
 FILE = "metrics.jsonl"
 EVENTS = "tensorboard"
+RUN_SECONDS, GOODPUT = "time/run_seconds", "time/goodput"
+CLOCKED = ("steps_per_second", "examples_per_second")
+
+
+def clocked(name: str) -> bool:
+    """Whether a logged value is of the clock or the devices, and so differs between equal runs."""
+    return name in CLOCKED or name.startswith(("time/", "device/"))
 
 
 def read(workdir: Path) -> list[dict[str, float]]:
@@ -49,10 +57,16 @@ def keep_until(workdir: Path, step: int) -> None:
 
 
 class Writer:
-    """Appends records; used by process 0 only. Its methods raise `OSError` where a file cannot be written."""
+    """Appends records; used by process 0 only. Its methods raise `OSError` where a file cannot be written.
 
-    def __init__(self, workdir: Path):
+    Args:
+      workdir: the run's.
+      further: other writers, with the methods `write`, `image` and `close`, that are told the same.
+    """
+
+    def __init__(self, workdir: Path, further: Sequence[Any] = ()):
         self._failed = False
+        self._further = further
         path = workdir / FILE
         self._file = files.Growing(path, old=True) if remote.is_address(path) else path.open("a")
         self._events = events.Writer(workdir / EVENTS)
@@ -71,11 +85,15 @@ class Writer:
             self._file.write(json.dumps({"step": step, **values}) + "\n")
             self._file.flush()
             self._events.write_scalars(step, dict(values))
+        for other in self._further:
+            other.write(step, values)
 
     def image(self, step: int, name: str, picture: np.ndarray) -> None:
         """A picture (H,W,C) uint8 among the events."""
         with self._writing():
             self._events.write_images(step, {name: picture[None]})
+        for other in self._further:
+            other.image(step, name, picture)
 
     def sync(self) -> None:
         """What was written is in the files, and in the objects at an address, which else follow every half minute."""
@@ -86,6 +104,8 @@ class Writer:
 
     def close(self) -> None:
         """Everything is on disk after this, unless a write failed before."""
+        for other in self._further:
+            other.close()
         for part in (self._file.close, self._events.flush, self._events.close):
             with contextlib.suppress(OSError) if self._failed else self._writing():
                 part()

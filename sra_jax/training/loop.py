@@ -23,100 +23,27 @@ from sra_jax.data import registry as datasets
 from sra_jax.data.captions import embedded
 from sra_jax.data.dataset import Dataset
 from sra_jax.distributed import compilation_cache, processes, sharding
-from sra_jax.distributed.devices import check_devices
+from sra_jax.distributed.devices import check_devices, memory_bytes
 from sra_jax.errors import RunError, UserError
 from sra_jax.methods.health import Watch, health
 from sra_jax.methods.registry import noisier_teachers
-from sra_jax.runs import CONFIG, class_names, environment, latent_means
+from sra_jax.runs import CONFIG, class_names, environment, latent_means, wandb_log
 from sra_jax.runs import checkpoints as checkpoints_lib
 from sra_jax.runs import metrics as metrics_lib
 from sra_jax.runs.checkpoints import UNCHECKED, Checkpoints
-from sra_jax.runs.state import (
-    Networks,
-    TrainState,
-    ema_decay,
-    init_state,
-    learning_rate,
-    make_optimizer,
-    placement_on,
-    sampled,
-)
+from sra_jax.runs.state import TrainState, sampled
 from sra_jax.runs.warm_start import start_from
 from sra_jax.sampling import pictures
 from sra_jax.sampling.generation import Generator
+from sra_jax.training import fitting
+from sra_jax.training.clock import Clock
 from sra_jax.training.evaluation import TrainingEvaluation
-from sra_jax.training.step import Metrics, make_train_step
+from sra_jax.training.profiler import FOLDER as PROFILE
+from sra_jax.training.profiler import Profiler
+from sra_jax.training.program import Program, abstract_batch, build
+from sra_jax.training.step import Metrics
 
 PREVIEW_SEED = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """The compiled parts of a run on a mesh; nothing here holds data or parameters.
-
-    Attributes:
-      mesh: the devices.
-      networks: functions of a parameter tree.
-      state: a TrainState of shapes, types and shardings.
-      init: `init(key) -> TrainState`, jitted; no array is ever whole on one device unless the rules say so.
-      train_step: `train_step(state, batch) -> (state, metrics)`, jitted, the state donated.
-    """
-
-    mesh: Mesh
-    networks: Networks
-    state: TrainState
-    init: Callable[[jax.Array], TrainState]
-    train_step: jax.stages.Wrapped
-
-
-def build(config: ConfigDict, mesh: Mesh, dataset: Dataset, steps: int) -> Program:
-    """Everything that is jitted, from a checked config.
-
-    Args:
-      config: the recipe.
-      mesh: the devices; they need not exist (ahead-of-time compilation for a described topology).
-      dataset: gives `encode`.
-      steps: length of the run, for schedules.
-    """
-    networks = Networks(config, placement_on(mesh, config))
-    optimizer, profiles = make_optimizer(config, steps), config_lib.profiles_of(config)
-
-    def init(key: jax.Array) -> TrainState:
-        return init_state(networks, optimizer, key, profiles)
-
-    abstract = jax.eval_shape(init, jax.random.key(0))
-    layout = sharding.state_shardings(abstract, mesh)
-    train_step = make_train_step(
-        networks=networks, process=config_lib.process_of(config), methods=config_lib.methods_of(config),
-        encode=dataset.encode, optimizer=optimizer, learning_rate=learning_rate(config, steps),
-        ema_decay=ema_decay(config, steps), seed=config.seed,
-        label_dropout=config.label_dropout, accumulation=config.accumulation, profiles=profiles,
-        null=dataset.null,
-    )  # fmt: skip
-    return Program(
-        mesh=mesh,
-        networks=networks,
-        state=jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, layout),
-        init=jax.jit(init, out_shardings=layout),
-        train_step=jax.jit(
-            train_step, donate_argnums=0, in_shardings=(layout, sharding.batch_sharding(mesh)),
-            out_shardings=(layout, sharding.replicated(mesh)),
-        ),
-    )  # fmt: skip
-
-
-def abstract_batch(dataset: Dataset, batch_size: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes, types and sharding of a global batch, as `captions.embedded` gives it to the step."""
-    split = sharding.batch_sharding(mesh)
-    batch = {
-        name: jax.ShapeDtypeStruct((batch_size, *np.shape(array)), np.asarray(array).dtype, sharding=split)
-        for name, array in dataset.source[0].items()
-    }
-    if dataset.text:
-        del batch["ids"]
-        shape = (batch_size, *dataset.text.null["context"].shape)
-        batch["context"] = jax.ShapeDtypeStruct(shape, np.float32, sharding=split)
-    return batch
 
 
 def train(config: ConfigDict, workdir: Path, allow_config_change: bool = False) -> None:
@@ -133,17 +60,21 @@ def train(config: ConfigDict, workdir: Path, allow_config_change: bool = False) 
       RunError: the loss or the state is no longer finite, or a file cannot be written.
       Preempted, Interrupted: SIGTERM or Ctrl-C came; the state is saved.
     """
+    began = time.perf_counter()
     check_devices()
     config_lib.check(config, jax.device_count(), sharding.platform(jax.devices()[0]))
+    wandb_log.check(config.log.wandb)
     config_lib.check_workers(config.data.workers, os.cpu_count() or 1)
     compilation_cache.use(config.compilation_cache)
     workdir = remote.path(workdir)
     make_workdir(workdir)
     with _claimed(workdir) as lock, processes.Watch(workdir / ".processes"):
-        _train(config, workdir, allow_config_change, lock)
+        _train(config, workdir, allow_config_change, lock, began)
 
 
-def _train(config: ConfigDict, workdir: Path, allow_config_change: bool, lock: files.Lock | None) -> None:
+def _train(
+    config: ConfigDict, workdir: Path, allow_config_change: bool, lock: files.Lock | None, began: float
+) -> None:
     say = print if jax.process_index() == 0 else _silent
     started = holds_run(config, workdir, allow_config_change, say)
     processes.wait_for_all("workdir")  # before any of them writes there
@@ -153,10 +84,16 @@ def _train(config: ConfigDict, workdir: Path, allow_config_change: bool, lock: f
     check_teacher(config)
     steps = config_lib.total_steps(config, len(dataset.source))
 
-    mesh = sharding.make_mesh(config_lib.mesh_shape(config, jax.device_count()))
-    program = build(config, mesh, dataset, steps)
+    history = metrics_lib.read(workdir) if jax.process_index() == 0 else []
     checkpoints = Checkpoints(workdir, keep=config.keep, keep_every=config.keep_every)
     try:
+        finished = max(checkpoints.steps(), default=0) >= steps
+        memory = None if finished else memory_of(config)
+        if memory:  # before anything is compiled: these find out which weights or images are missing
+            latent_means.keep(config, dataset, workdir)
+            open_config = fitting.cheapest(config)
+            beside(open_config, _mesh(open_config), workdir, dataset)
+        config, program, compiled = fitted(config, dataset, steps, memory, say)
         state = begin(config, program, checkpoints, workdir, say, started)
         _write_config(config, workdir, dataset)
         if int(state.step) >= steps:
@@ -166,8 +103,11 @@ def _train(config: ConfigDict, workdir: Path, allow_config_change: bool, lock: f
             _describe(config, program, dataset, steps, say)
             _advise(config, dataset, say)
             _say_kept(config, say)
-            with processes.Preemption() as preemption:
-                _run(config, program, checkpoints, state, dataset, steps, workdir, preemption, lock)
+            clock = Clock(config, began, history, int(state.step))
+            with processes.Preemption() as preemption, _out_of_memory(config, dataset, steps, memory, checkpoints):
+                _run(
+                    config, program, compiled, checkpoints, state, dataset, steps, workdir, preemption, lock, clock
+                )
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)
         checkpoints.wait()
@@ -177,6 +117,82 @@ def _train(config: ConfigDict, workdir: Path, allow_config_change: bool, lock: f
     finally:
         checkpoints.close()
     _say_where(config, workdir, say)
+
+
+def memory_of(config: ConfigDict) -> int | None:
+    """Bytes that a step may use on a device; None where neither the config nor the device says."""
+    return round(config.device_memory * 1e9) or memory_bytes()
+
+
+def fitted(
+    config: ConfigDict, dataset: Dataset, steps: int, memory: int | None, say: Callable[..., None]
+) -> tuple[ConfigDict, Program, jax.stages.Compiled | None]:
+    """The config with nothing left open, its program and, where the memory is known, its compiled step.
+
+    Raises:
+      UserError: the step does not fit into the memory, and what would.
+    """
+    if memory is None:
+        config = fitting.cheapest(config)
+        return config, build(config, _mesh(config), dataset, steps), None
+    attempt = _attempt(dataset, steps, memory)
+    if not fitting.is_open(config):
+        found = attempt(config)
+        if not found.fits:
+            raise UserError(_what_fits(config, dataset, steps, memory, found.peak))
+        return config, *found.result
+    say("compiling the step, to see what fits")
+    chosen, found = fitting.choose(config, jax.device_count(), memory, attempt, say)
+    say(fitting.explained(config, chosen, jax.device_count(), memory, found))
+    return chosen, *found.result
+
+
+def _mesh(config: ConfigDict) -> Mesh:
+    return sharding.make_mesh(config_lib.mesh_shape(config, jax.device_count()))
+
+
+def _attempt(dataset: Dataset, steps: int, memory: int) -> Callable[[ConfigDict], fitting.Attempt]:
+    """Builds and compiles a config; `result` is the program and its compiled step."""
+
+    def attempt(config: ConfigDict) -> fitting.Attempt:
+        program = build(config, _mesh(config), dataset, steps)
+        found = fitting.compile_step(program, abstract_batch(dataset, config.batch_size, program.mesh), memory)
+        return dataclasses.replace(found, result=(program, found.result))
+
+    return attempt
+
+
+def _what_fits(config: ConfigDict, dataset: Dataset, steps: int, memory: int, peak: int | None) -> str:
+    """One line on a step that does not fit: what it needs, and the flags with which it would fit."""
+    needs = f"the step needs {fitting.gigabytes(peak) if peak else 'more than there is'} a device"
+    there = f"out of memory: {needs}, of {fitting.gigabytes(memory)}"
+    try:
+        chosen, found = fitting.choose(
+            fitting.opened(config), jax.device_count(), memory, _attempt(dataset, steps, memory), _silent, below=peak
+        )
+    except UserError as error:
+        return f"{there}; {error}"
+    settings = {key: fitting.value(chosen, key) for key in fitting.KEYS}
+    takes = f" ({fitting.gigabytes(found.peak)})" if found.peak else ""
+    return f"{there}; this fits{takes}: {fitting.flags(settings)}"
+
+
+@contextlib.contextmanager
+def _out_of_memory(
+    config: ConfigDict, dataset: Dataset, steps: int, memory: int | None, checkpoints: Checkpoints
+) -> Iterator[None]:
+    """A `RunError` of one line in the place of what the compiler or a device says when the memory does not suffice."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if not fitting.is_out_of_memory(error):
+            raise
+        checkpoints.wait()
+        found = _attempt(dataset, steps, memory or sys.maxsize)(config)
+        limit = memory or found.peak or sys.maxsize
+        raise RunError(
+            f"{_what_fits(config, dataset, steps, limit, found.peak)}. {checkpoints.newest()}"
+        ) from error
 
 
 def check_teacher(config: ConfigDict) -> None:
@@ -351,17 +367,14 @@ def _say_where(config: ConfigDict, workdir: Path, say: Callable[..., None]) -> N
 
 
 def _run(
-    config: ConfigDict, program: Program, checkpoints: Checkpoints, state: TrainState, dataset: Dataset, steps: int,
-    workdir: Path, preemption: processes.Preemption, lock: files.Lock | None,
+    config: ConfigDict, program: Program, compiled: jax.stages.Compiled | None, checkpoints: Checkpoints,
+    state: TrainState, dataset: Dataset, steps: int, workdir: Path, preemption: processes.Preemption,
+    lock: files.Lock | None, clock: Clock,
 ) -> None:
     """The hot loop. The host runs ahead of the devices: it waits for them only to log, to preview and to save."""
     first = int(state.step)
     mesh = program.mesh
-    # before anything is compiled: these find out which weights or images are missing
-    previews = Previews(config, mesh, workdir) if config.sample_every else None
-    evaluation = (
-        TrainingEvaluation(config, mesh, workdir, dataset.class_names) if config.evaluation.every else None
-    )  # fmt: skip
+    previews, evaluation = beside(config, mesh, workdir, dataset)
     read = {
         "batch_size": config.batch_size, "seed": config.seed, "rows": sharding.process_rows(mesh, config.batch_size)
     }  # fmt: skip
@@ -371,10 +384,12 @@ def _run(
         dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 15.0,
     )  # fmt: skip
     embed = embedded(dataset.text, mesh, config_lib.DTYPES[config.dtype])
-    compiled = program.train_step.lower(program.state, abstract_batch(dataset, config.batch_size, mesh)).compile()
-    writer = metrics_lib.Writer(workdir) if jax.process_index() == 0 else None
+    if compiled is None:
+        compiled = program.train_step.lower(program.state, abstract_batch(dataset, config.batch_size, mesh)).compile()
+    writer = metrics_lib.Writer(workdir, _further(config, workdir)) if jax.process_index() == 0 else None
+    profiler = Profiler(config, str(workdir / PROFILE))
     journal = Journal(
-        config, writer, bar, checkpoints, metrics_lib.read(workdir) if writer else [],
+        config, clock, writer, bar, checkpoints, metrics_lib.read(workdir) if writer else [],
         lambda step: pipeline.non_finite(dataset.source, **read, batch=step - 1),
     )  # fmt: skip
 
@@ -385,7 +400,8 @@ def _run(
         if lock:
             lock.check()
         position = {"next_batch": step}  # all the state that the stream of batches has
-        checkpoints.save(state, {"step": step, "config": config.to_dict(), "data": position})
+        with clock.part("saving"):
+            checkpoints.save(state, {"step": step, "config": config.to_dict(), "data": position})
 
     bar.set_description("training")
     batch = None
@@ -393,15 +409,22 @@ def _run(
     try:
         for step in range(first, steps):
             try:
-                batch = embed(sharding.put_batch(next(stream), mesh))
+                with clock.part("data"):
+                    batch = embed(sharding.put_batch(next(stream), mesh))
             except pipeline.WorkerLost as lost:
                 if jax.process_count() == 1 and step > first and step % config.checkpoint_every:
                     save(step)
                     checkpoints.wait()
                 raise RunError(f"{lost}. {checkpoints.newest()}; the same command goes on from there") from lost
-            with jax.transfer_guard("disallow"):  # nothing moves between host and devices unasked
+            profiler.before(step + 1)
+            # nothing moves between host and devices unasked
+            with jax.transfer_guard("disallow"), jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
                 state, metrics = compiled(state, batch)
             journal.add(step + 1, metrics)
+            if profiler.after(step + 1, metrics):
+                journal.read()
+                bar.write(f"steps {step + 2 - config.profile.steps} to {step + 1} are traced in {workdir / PROFILE}")
+                journal.restart_clock()
             bar.update()
             last, leaving = step + 1 == steps, preemption.due(step + 1)
             if last or leaving or (step + 1) % config.checkpoint_every == 0:
@@ -423,6 +446,7 @@ def _run(
                 journal.restart_clock()
         checkpoints.wait()
     finally:
+        profiler.close()
         stream.close()
         batch = None
         gc.collect()  # only then JAX gives the last batch back, which may lie in memory that workers share
@@ -431,11 +455,34 @@ def _run(
             writer.close()
 
 
+def beside(
+    config: ConfigDict, mesh: Mesh, workdir: Path, dataset: Dataset
+) -> "tuple[Previews | None, TrainingEvaluation | None]":
+    """What a run makes besides its steps, where its config asks for it.
+
+    Raises:
+      UserError: weights or images for it are missing.
+    """
+    previews = Previews(config, mesh, workdir) if config.sample_every else None
+    evaluation = (
+        TrainingEvaluation(config, mesh, workdir, dataset.class_names) if config.evaluation.every else None
+    )  # fmt: skip
+    return previews, evaluation
+
+
+def _further(config: ConfigDict, workdir: Path) -> list[wandb_log.Writer]:
+    """Where metrics are written beside the workdir."""
+    if not config.log.wandb:
+        return []
+    return [wandb_log.Writer(config.log.wandb, config.name, workdir, config.to_dict())]
+
+
 class Journal:
     """Metrics on their way from the devices to the file, read one step late so that the devices never wait.
 
     Args:
       config: the run's.
+      clock: of the run.
       writer: of the file, on process 0.
       bar: shows what is written.
       checkpoints: whose last save an error message names.
@@ -444,10 +491,11 @@ class Journal:
     """
 
     def __init__(
-        self, config: ConfigDict, writer: metrics_lib.Writer | None, bar: tqdm, checkpoints: Checkpoints,
+        self, config: ConfigDict, clock: Clock, writer: metrics_lib.Writer | None, bar: tqdm, checkpoints: Checkpoints,
         records: Sequence[Mapping[str, float]], non_finite: Callable[[int], list[str]],
     ):
-        self._config, self._writer, self._bar, self._checkpoints = config, writer, bar, checkpoints
+        self._config, self._clock, self._writer, self._bar = config, clock, writer, bar
+        self._checkpoints = checkpoints
         self._watch = Watch(config_lib.methods_of(config), records)
         self._non_finite = non_finite
         self._pending: list[tuple[int, Metrics]] = []
@@ -456,7 +504,7 @@ class Journal:
 
     def restart_clock(self) -> None:
         """Leave out of the speed what is not training."""
-        self._since, self._counted = time.perf_counter(), 0
+        self._clock.restart()
 
     def add(self, step: int, metrics: Metrics) -> None:
         """Take the metrics of a dispatched step; read the older ones where a logged step is among them."""
@@ -473,25 +521,26 @@ class Journal:
           RunError: a loss or gradient is not finite, or the last save has failed.
         """
         pending, self._pending, self._due = self._pending, [], False
-        values = jax.device_get([metrics for _, metrics in pending])
-        elapsed = time.perf_counter() - self._since
-        self._counted += len(pending)
+        with self._clock.part("device"):
+            values = jax.device_get([metrics for _, metrics in pending])
+        self._clock.tick(len(pending))
         for (step, _), metrics in zip(pending, values, strict=True):
             for name in ("loss", "grad_norm"):
                 if not np.isfinite(metrics[name]):
                     self._stop(name, metrics[name], step)
             if step % self._config.log_every == 0:
-                self._write(step, metrics, elapsed)
+                with self._clock.part("logging"):
+                    self._write(step, metrics)
+                self.restart_clock()
                 self._checkpoints.check()
 
-    def _write(self, step: int, metrics: Mapping[str, Any], elapsed: float) -> None:
+    def _write(self, step: int, metrics: Mapping[str, Any]) -> None:
         record = {name: float(value) for name, value in sorted(metrics.items()) if name != "samples"}
         samples = metrics["samples"]
         record |= health(samples)
         warnings = self._watch.look({"step": step, **record}, samples)
         record |= dict.fromkeys(warnings, 1.0)
-        record["steps_per_second"] = self._counted / elapsed
-        record["examples_per_second"] = self._counted * self._config.batch_size / elapsed
+        record |= self._clock.report()
         terms = {name.removesuffix("/loss"): value for name, value in record.items() if name.endswith("/loss")}
         if "loss_alignment" in record:
             terms["alignment"] = record["loss_alignment"]
@@ -501,7 +550,6 @@ class Journal:
             for warning in warnings.values():
                 self._bar.write(f"warning: {warning}", file=sys.stderr)
             self._writer.write(step, record)
-        self.restart_clock()
 
     def _stop(self, name: str, value: float, step: int) -> None:
         self._checkpoints.wait()

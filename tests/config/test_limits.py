@@ -13,6 +13,7 @@ from sra_jax.diffusion.registry import PROCESSES, SAMPLERS, process_defaults
 from sra_jax.errors import UserError
 
 NAMES = {
+    "log.wandb",
     "name", "dtype", "data.name", "model.attention", "model.name", "model.initialisation", "model.remat",
     "alignment.distance",
     "alignment.weight_schedule", "data.captions", "process.name",

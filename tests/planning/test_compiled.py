@@ -14,8 +14,8 @@ from configs import digits
 from sra_jax import config as config_lib
 from sra_jax.data import registry
 from sra_jax.distributed import sharding
-from sra_jax.planning.compiled import Program, group_size
-from sra_jax.training import loop
+from sra_jax.planning.compiled import Program, crossing, group_size, groups
+from sra_jax.training import program as program_lib
 from sra_jax.training.step import SAMPLED_TOKENS
 
 
@@ -125,6 +125,32 @@ def test_group_sizes(text, size):
     assert group_size(text) == size
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("replica_groups={{0,1},{2,3}}, x", [[0, 1], [2, 3]]),
+        ("replica_groups=[2,4]<=[8]", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        ("replica_groups=[4,2]<=[2,4]T(1,0), x", [[0, 4], [1, 5], [2, 6], [3, 7]]),
+        ("replica_groups=mesh['a'=2,'b'=2] {'a'}", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a'}, x", [[0, 1], [2, 3]]),
+        ("source_target_pairs={{0,1},{1,0}}", [[0, 1], [1, 0]]),
+    ],
+)
+def test_who_takes_part(text, expected):
+    assert groups(text).tolist() == expected
+
+
+def test_what_crosses_slices():
+    """Two slices of four: a sum over all devices sends half of its bytes, shared by the four; one within sends none."""
+    across, within = "replica_groups=[1,8]<=[8]", "replica_groups=[2,4]<=[8]"
+    size = 800.0
+    assert crossing("all-reduce", 2 * size * 7 / 8, across, 4) == pytest.approx(2 * size / 8)
+    assert crossing("reduce-scatter", size * 7 / 8, across, 4) == pytest.approx(size / 8)
+    assert crossing("all-gather", size * 7, across, 4) == pytest.approx(size)
+    assert crossing("all-reduce", size, within, 4) == 0
+    assert crossing("collective-permute", size, "source_target_pairs={{3,4},{0,1}}", 4) == size / 2
+
+
 BATCH, WIDTH, DEPTH = 64, 64, 5
 
 
@@ -138,8 +164,8 @@ def step_program(devices=8, fsdp=1, remat="none", alignment=True, changes=()):
     config_lib.check(config, devices)
     mesh = sharding.make_mesh(config_lib.mesh_shape(config, devices), jax.devices()[:devices])
     dataset = registry.load(config.data)
-    program = loop.build(config, mesh, dataset, steps=100)
-    lowered = program.train_step.lower(program.state, loop.abstract_batch(dataset, BATCH, mesh))
+    program = program_lib.build(config, mesh, dataset, steps=100)
+    lowered = program.train_step.lower(program.state, program_lib.abstract_batch(dataset, BATCH, mesh))
     analytic = config_lib.step_flops(config)
     return Program(lowered.compile().as_text()), program, analytic
 

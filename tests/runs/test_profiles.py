@@ -18,6 +18,7 @@ from sra_jax.runs.profiles import combination, inner
 from sra_jax.runs.trained import TrainedModel
 from sra_jax.runs.warm_start import start_from
 from sra_jax.training import loop
+from sra_jax.training import program as program_lib
 from sra_jax.training.step import update_profiles
 from tests.in_process import call
 
@@ -213,7 +214,7 @@ def test_a_new_run_begins_at_the_sampled_one(averaged):
     (averaged / "config.json").write_text(config_lib.to_json(source))
     config = recipe(**{"init_from": str(averaged), "ema.profiles": "0.9"})
     mesh = sharding.make_mesh(config_lib.mesh_shape(config, jax.device_count()))
-    program = loop.build(config, mesh, registry.load(config.data), steps=4)
+    program = program_lib.build(config, mesh, registry.load(config.data), steps=4)
     state, _ = start_from(config, program.init(jax.random.key(0)))
     for tree in (state.params, state.ema, state.profiles["0.9"]):
         jax.tree.map(np.testing.assert_array_equal, tree, saved(averaged)["profiles"]["power:0.05"])
@@ -222,14 +223,14 @@ def test_a_new_run_begins_at_the_sampled_one(averaged):
 def test_averages_lie_as_the_parameters_do_and_are_counted():
     config = recipe(**{"mesh.fsdp": 4})
     mesh = sharding.make_mesh(config_lib.mesh_shape(config, 8), jax.devices()[:8])
-    program = loop.build(config, mesh, registry.load(config.data), steps=4)
+    program = program_lib.build(config, mesh, registry.load(config.data), steps=4)
     for tree in program.state.profiles.values():
         for one, other in zip(jax.tree.leaves(tree), jax.tree.leaves(program.state.params), strict=True):
             assert one.sharding == other.sharding
     sizes = state_bytes(program)
     assert sizes["profiles"] == 4 * sizes["params"]
     config.ema.profiles = ""
-    plain = loop.build(config, mesh, registry.load(config.data), steps=4)
+    plain = program_lib.build(config, mesh, registry.load(config.data), steps=4)
     assert plain.state.profiles == {}
     assert state_bytes(plain).keys() == {"params", "ema", "opt_state"}
 

@@ -12,7 +12,7 @@ from sra_jax.data import pipeline, registry
 from sra_jax.distributed import sharding
 from sra_jax.methods.registry import METHODS
 from sra_jax.runs.state import clip_by_global_norm, ema_decay, learning_rate
-from sra_jax.training import loop
+from sra_jax.training import program as program_lib
 from sra_jax.training.step import draw, total_loss
 
 BATCH = 16
@@ -30,7 +30,7 @@ def program(config, devices=1):
     config_lib.check(config, devices)
     dataset = registry.load(config.data)
     mesh = sharding.make_mesh(config_lib.mesh_shape(config, devices), jax.devices()[:devices])
-    built = loop.build(config, mesh, dataset, steps=100)
+    built = program_lib.build(config, mesh, dataset, steps=100)
     return built, built.init(jax.random.key(config.seed)), dataset
 
 

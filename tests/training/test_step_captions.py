@@ -15,7 +15,7 @@ from sra_jax.data.captions import embedded
 from sra_jax.distributed import sharding
 from sra_jax.errors import UserError
 from sra_jax.methods.registry import METHODS
-from sra_jax.training import loop
+from sra_jax.training import program as program_lib
 from sra_jax.training.step import draw
 from tests.training.test_step import BATCH, losses
 
@@ -69,7 +69,7 @@ def test_ids_are_embedded_on_the_devices(devices):
         batch = dataset.source.read_epochs(np.arange(16), np.arange(16))
         assert ("ids" in batch) == (form == "ids")
         found[form] = embedded(dataset.text, mesh, jnp.float32)(sharding.put_batch(batch, mesh))
-        expected = loop.abstract_batch(dataset, 16, mesh)
+        expected = program_lib.abstract_batch(dataset, 16, mesh)
         assert {name: (x.shape, x.dtype, x.sharding) for name, x in found[form].items()} == {
             name: (x.shape, x.dtype, x.sharding) for name, x in expected.items()
         }

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from sra_jax.methods.registry import METHODS
+from sra_jax.runs.metrics import clocked
 from tests.checkpoints import final_state
 from tests.conftest import run, start
 
@@ -18,12 +19,12 @@ TINY = (
     "--config.checkpoint_every=2", "--config.sample_every=0", "--config.ema.decay=0.8", "--config.sampling.steps=4",
     "--config.model.width=32", "--config.model.heads=2",
 )  # fmt: skip
-SPEEDS = ("steps_per_second", "examples_per_second")
+
 
 
 def logged(workdir):
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in record.items() if key not in SPEEDS} for record in records]
+    return [{key: value for key, value in record.items() if not clocked(key)} for record in records]
 
 
 def killed_and_resumed(flags, tmp_path):
