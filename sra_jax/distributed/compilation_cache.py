@@ -41,7 +41,9 @@ def use(given: str = "") -> None:
     """Keep what is compiled from here on, and take what was kept; to be called before anything is compiled.
 
     JAX's own variables come first: where `JAX_COMPILATION_CACHE_DIR` or `JAX_ENABLE_COMPILATION_CACHE` is set, or a
-    folder was given to JAX in another way, nothing is changed here. A folder that cannot be used is said on stderr.
+    folder was given to JAX in another way, nothing is changed here. A folder that cannot be used is said on stderr. Of
+    several processes on CPUs only the first would find its programs, and the others, which compile theirs, be too late
+    for the first exchange: they all compile.
 
     Args:
       given: a folder or an address; "off"; empty for `programs` in `files.cache_folder()`.
@@ -52,6 +54,8 @@ def use(given: str = "") -> None:
     if getattr(jax.config, "jax_compilation_cache_dir", None) not in (None, "", _ours):
         return
     folder: Path | None = None
+    if jax.process_count() > 1 and jax.default_backend() == "cpu":
+        given = OFF
     if remote.is_address(given):
         folder = remote.path(given) / kind()
     elif given != OFF:

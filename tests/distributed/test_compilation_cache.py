@@ -64,6 +64,12 @@ def test_a_folder_of_one_s_own_then_none(as_started, tmp_path):
     assert not files.cache_folder().exists()
 
 
+def test_several_processes_on_cpus_all_compile(as_started, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    compilation_cache.use()
+    assert jax.config.jax_compilation_cache_dir is None
+
+
 @pytest.mark.parametrize("name", ["JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE"])
 def test_jax_s_own_variables_come_first(name, as_started, monkeypatch, tmp_path):
     monkeypatch.setenv(name, "0")
