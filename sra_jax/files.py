@@ -305,6 +305,13 @@ def move_folder(source: Path, target: Path) -> None:
         os.replace(source, target)
 
 
+def send_folder(folder: str | os.PathLike, address: Path) -> None:
+    """Copy all files of a local folder to an address."""
+    for path in Path(folder).rglob("*"):
+        if path.is_file():
+            remote.upload(path, address / os.path.relpath(path, folder))
+
+
 def remove_folder(folder: Path) -> None:
     """Delete a folder with all it holds, as far as that is possible."""
     if remote.is_address(folder):

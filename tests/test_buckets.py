@@ -23,14 +23,7 @@ from tests.checkpoints import final_state
 from tests.conftest import TINY_DIGITS, run, start
 from tests.fixtures import image_folder, tiny_vae  # noqa: F401
 from tests.in_process import call
-from tests.runs.test_resume import SPEEDS, logged
-
-
-def upload_folder(folder, address):
-    """Copy all files of a local folder to an address."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            remote.upload(path, remote.path(address) / os.path.relpath(path, folder))
+from tests.runs.test_resume import logged
 
 
 def array_of(path, name):
@@ -44,7 +37,8 @@ def test_a_run_in_a_bucket_is_the_run_in_a_folder(tiny_run, bucket, tmp_path):  
     """Killed and resumed; then everything that tools do with a run, without a local folder."""
     workdir = f"{bucket}/runs/one"
     there = remote.path(workdir)
-    command = ("main.py", *TINY_DIGITS, "--config.sample_every=24", f"--workdir={workdir}")
+    profile = ("--config.profile.start=20", "--config.profile.steps=2")
+    command = ("main.py", *TINY_DIGITS, "--config.sample_every=24", *profile, f"--workdir={workdir}")
     process = start(*command)
     while not (there / "checkpoints" / "6" / "commit_success.txt").exists():
         assert process.poll() is None, process.communicate()[1]
@@ -53,9 +47,10 @@ def test_a_run_in_a_bucket_is_the_run_in_a_folder(tiny_run, bucket, tmp_path):  
     process.communicate()
     assert "resuming gs://" in run(*command).stdout
     jax.tree.map(np.testing.assert_array_equal, final_state(there), final_state(tiny_run))
-    records = [{k: v for k, v in record.items() if k not in SPEEDS} for record in metrics.read(there)]
+    records = [{k: v for k, v in record.items() if not metrics.clocked(k)} for record in metrics.read(there)]
     assert records == logged(tiny_run)
-    assert {path.name for path in there.iterdir()} == {path.name for path in tiny_run.iterdir()}
+    assert {path.name for path in there.iterdir()} == {path.name for path in tiny_run.iterdir()} | {"profile"}
+    assert any(path.name.endswith(".xplane.pb") for path in remote.walk(there / "profile"))
     preview = (there / "samples" / "step_0000024.png").read_bytes()
     assert preview == (tiny_run / "samples" / "step_0000024.png").read_bytes()
     assert len(list((there / "tensorboard").iterdir())) == 2  # of each start
@@ -134,8 +129,8 @@ def test_latents_are_copied_from_a_bucket_once(image_folder, tiny_vae, bucket, t
     local, address = tmp_path / "latents", f"{bucket}/data/latents"
     call("prepare_latents", f"--source=imagefolder:{image_folder}", f"--vae={tiny_vae.folder}", "--image_size=16",
          "--batch_size=8", "--shard_size=2", f"--output={local}")  # fmt: skip
-    upload_folder(local, address)
-    upload_folder(tiny_vae.folder, f"{bucket}/vae")
+    files.send_folder(local, remote.path(address))
+    files.send_folder(tiny_vae.folder, remote.path(f"{bucket}/vae"))
     data = config_lib.default().data
     data.update(
         name="latents", path=address, cache=str(tmp_path / "disk"), image_size=8, channels=4, num_classes=2,

@@ -387,7 +387,7 @@ def _run(
     if compiled is None:
         compiled = program.train_step.lower(program.state, abstract_batch(dataset, config.batch_size, mesh)).compile()
     writer = metrics_lib.Writer(workdir, _further(config, workdir)) if jax.process_index() == 0 else None
-    profiler = Profiler(config, str(workdir / PROFILE))
+    profiler = Profiler(config, workdir / PROFILE)
     journal = Journal(
         config, clock, writer, bar, checkpoints, metrics_lib.read(workdir) if writer else [],
         lambda step: pipeline.non_finite(dataset.source, **read, batch=step - 1),

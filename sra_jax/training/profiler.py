@@ -1,7 +1,12 @@
 """A trace of some steps for xprof, where a run is asked for one."""
 
+import tempfile
+from pathlib import Path
+
 import jax
 from ml_collections import ConfigDict
+
+from sra_jax import files, remote
 
 FOLDER = "profile"
 
@@ -11,13 +16,16 @@ class Profiler:
 
     Args:
       config: the run's.
-      folder: where the trace is written, as TensorBoard's profile plugin and xprof read it.
+      folder: where the trace is written, as TensorBoard's profile plugin and xprof read it; may be an address.
     """
 
-    def __init__(self, config: ConfigDict, folder: str):
+    def __init__(self, config: ConfigDict, folder: Path):
         start, steps = config.profile.start, config.profile.steps
         self._window = range(start, start + steps) if start else range(0)
-        self._folder = folder
+        self._target = folder
+        self._folder = str(folder)
+        if self._window and remote.is_address(folder):
+            self._folder = tempfile.mkdtemp(prefix="profile_")
         self._running = False
 
     def before(self, step: int) -> None:
@@ -39,3 +47,6 @@ class Profiler:
         if self._running:
             jax.profiler.stop_trace()
             self._running = False
+            if remote.is_address(self._target):
+                files.send_folder(self._folder, self._target)
+                files.remove_folder(Path(self._folder))
