@@ -19,7 +19,7 @@ TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("*.py"))
 TEXTS = {
     "labels", "sampler", "sampling_steps", "guidance_interval", "names", "blocks", "levels", "metrics", "topology",
     "recipes", "slices", "coordinator_address", "methods", "ema", "prompt", "prompts", "attention", "remat",
-    "seeds", "measure_at", "probe_levels", "shard", "vary",
+    "seeds", "measure_at", "probe_levels", "shard", "vary", "topologies",
 }  # fmt: skip
 """Flags of text that is neither a path nor a number; their commands read them."""
 
