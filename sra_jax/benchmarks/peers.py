@@ -4,6 +4,7 @@ trained with.
 Names of the tensors are the authors', so that our parameters load into it and the arithmetic can be checked equal.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Mapping
@@ -122,6 +123,9 @@ class PeerTransformer(nn.Module):
 class Flow:
     """SiT's linear path."""
 
+    def __init__(self, device: str = "cpu"):
+        del device
+
     def perturb(self, x0: torch.Tensor, e: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return (1 - t) * x0 + t * e
 
@@ -132,14 +136,14 @@ class Flow:
 class Gaussian:
     """DiT's DDPM: 1000 linear betas, learned range of variances, its bound's gradient stopped at the mean."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu"):
         beta = np.linspace(1e-4, 0.02, 1000)
         after = np.cumprod(1 - beta)
         before = np.append(1.0, after[:-1])
         posterior = beta * (1 - before) / (1 - after)
         posterior[0] = posterior[1]
         self._tables = {
-            name: torch.tensor(table, dtype=torch.float32)
+            name: torch.tensor(table, dtype=torch.float32, device=device)
             for name, table in {
                 "signal": np.sqrt(after), "noise": np.sqrt(1 - after), "log_beta": np.log(beta),
                 "log_posterior": np.log(posterior), "of_x0": beta * np.sqrt(before) / (1 - after),
@@ -188,27 +192,37 @@ class PeerStep:
       process: a key of PROCESSES.
       student_block, teacher_block, weight: of the alignment.
       threads: CPU threads.
+      device: where it runs, "cpu" or "cuda".
+      bfloat16: whether products are in bfloat16, by autocast; parameters and optimizer stay float32.
+      compiled: whether the networks go through torch.compile.
     """
 
     def __init__(
         self, shape: Mapping[str, int], tensors: Mapping[str, np.ndarray], *, process: str, student_block: int,
-        teacher_block: int, weight: float, threads: int,
+        teacher_block: int, weight: float, threads: int, device: str = "cpu", bfloat16: bool = False,
+        compiled: bool = False,
     ):  # fmt: skip
         torch.set_num_threads(threads)
-        self._process = PROCESSES[process]()
+        self._device = device
+        self._precision = functools.partial(torch.autocast, device, torch.bfloat16, enabled=bfloat16)
+        self._process = PROCESSES[process](device)
         self.student, self.teacher = PeerTransformer(**shape), PeerTransformer(**shape)
         state = {name: torch.from_numpy(np.array(array)) for name, array in tensors.items()}
         if not any(name.startswith("ap_head") for name in state):
             del self.student.ap_head, self.teacher.ap_head
-        self.student.load_state_dict(state)
-        self.teacher.load_state_dict(state)
+        for network in (self.student, self.teacher):
+            network.load_state_dict(state)
+            network.to(device)
+            if compiled:
+                network.compile()
         self.teacher.requires_grad_(False)
         self._student_block, self._teacher_block, self._weight = student_block, teacher_block, weight
         self._parameters = [p for p in self.student.parameters() if p.requires_grad]
         self._averages = [
             a for a, p in zip(self.teacher.parameters(), self.student.parameters(), strict=True) if p.requires_grad
         ]
-        self._optimizer = torch.optim.AdamW(self._parameters, lr=1e-4, weight_decay=0.0)
+        fused = True if device == "cuda" else None
+        self._optimizer = torch.optim.AdamW(self._parameters, lr=1e-4, weight_decay=0.0, fused=fused)
 
     def loss(self, example: Mapping[str, np.ndarray], teacher: str) -> torch.Tensor:
         """The SRA loss of a batch of x0 and e (B,C,H,W), t, s (B,) and y (B,).
@@ -217,8 +231,8 @@ class PeerStep:
           example: the batch.
           teacher: "full" runs all blocks as the authors do, "truncated" blocks 1..n, "none" is the baseline.
         """
-        x0, e, t, s = (torch.from_numpy(example[name]) for name in ("x0", "e", "t", "s"))
-        y = torch.from_numpy(example["y"]).long()
+        x0, e, t, s = (torch.from_numpy(example[name]).to(self._device) for name in ("x0", "e", "t", "s"))
+        y = torch.from_numpy(example["y"]).long().to(self._device)
         at = t[:, None, None, None]
         prediction, h = self.student(self._process.perturb(x0, e, at), t, y, tap=self._student_block)
         loss = self._process.loss(prediction, x0, e, at)
@@ -234,7 +248,8 @@ class PeerStep:
 
     def step(self, example: Mapping[str, np.ndarray], teacher: str) -> float:
         """One whole step; returns the loss."""
-        loss = self.loss(example, teacher)
+        with self._precision():
+            loss = self.loss(example, teacher)
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)

@@ -34,12 +34,18 @@ class JaxSide:
         self._dataset = registry.training_set(self._config)
         self._mesh = sharding.make_mesh(config_lib.mesh_shape(self._config, jax.device_count()))
         self._runs: dict[str, list[Any]] = {}
+        self._compiled: dict[str, tuple[Any, Any, Any, float]] = {}
         side = np.ones((MATMUL, MATMUL), np.float32)
         self._operand = jax.device_put(side)
         self._product = jax.jit(lambda a: jax.numpy.matmul(a, a, precision="highest"))
 
     def _compile(self, name: str) -> tuple[Any, Any, Any, float]:
         """The config with its method or without, its programs, its compiled step, seconds of tracing and compiling."""
+        if name not in self._compiled:
+            self._compiled[name] = self._compile_now(name)
+        return self._compiled[name]
+
+    def _compile_now(self, name: str) -> tuple[Any, Any, Any, float]:
         from sra_jax.training import program as program_lib
 
         config = self._config.copy_and_resolve_references()
@@ -60,6 +66,18 @@ class JaxSide:
         from sra_jax.planning.compiled import Program
 
         return Program(self._compile(name)[2].as_text()).cost().flops
+
+    def needed(self, name: str) -> int:
+        """Bytes of a device's memory that the compiled step of "method" or "baseline" takes, by the compiler."""
+        memory = self._compile(name)[2].memory_analysis()
+        return (
+            memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+            + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+        )  # fmt: skip
+
+    def forget(self, name: str) -> None:
+        """Give back what `prepare` of "method" or "baseline" holds."""
+        del self._runs[name], self._compiled[name]
 
     def prepare(self, name: str) -> dict[str, float]:
         """Compile and warm up "method" or "baseline"; how long the compiler took."""
@@ -85,11 +103,11 @@ class JaxSide:
 
     def prepare_sampler(self, count: int) -> dict[str, float]:
         """Compile and warm up the sampler."""
-        from sra_jax.runs.state import Networks
+        from sra_jax.runs.state import Networks, placement_on
         from sra_jax.sampling.generation import make_sampler
 
         jax = self._jax
-        networks = Networks(self._config)
+        networks = Networks(self._config, placement_on(self._mesh, self._config))
         params = jax.jit(networks.init)(jax.random.key(0))
         indices = jax.numpy.arange(count)
         null = self._dataset.null
@@ -117,9 +135,14 @@ class JaxSide:
 
 
 class PytorchSide:
-    """The same work in PyTorch. Lives in a process of its own."""
+    """The same work in PyTorch. Lives in a process of its own.
 
-    def __init__(self, config_json: str):
+    Args:
+      config_json: the recipe.
+      device, bfloat16, compiled: as `peers.PeerStep` takes them.
+    """
+
+    def __init__(self, config_json: str, device: str = "cpu", bfloat16: bool = False, compiled: bool = False):
         import torch
 
         from sra_jax import config as config_lib
@@ -138,7 +161,8 @@ class PytorchSide:
         threads = len(os.sched_getaffinity(0))
         self._step = PeerStep(
             shape, tensors, process=config.process.name, student_block=alignment.student_block,
-            teacher_block=alignment.teacher_block, weight=alignment.weight, threads=threads,
+            teacher_block=alignment.teacher_block, weight=alignment.weight, threads=threads, device=device,
+            bfloat16=bfloat16, compiled=compiled,
         )  # fmt: skip
         size = (config.batch_size, data.channels, data.image_size, data.image_size)
         t = generator.uniform(0.2, 1, config.batch_size).astype(np.float32)
