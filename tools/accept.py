@@ -59,8 +59,7 @@ def say(line: str) -> None:
 
 def main() -> int:
     """Run the parts, write and print what they found."""
-    output = pathlib.Path(FLAGS.output)
-    files.check_output("--output", output, folder=True)
+    output = files.check_output("--output", FLAGS.output, folder=True)
     if output.exists() and not output.is_dir():
         raise UserError(f"--output={output} is no folder: give the name of one")
     for name in (acceptance.JSON, acceptance.TABLE):
