@@ -39,7 +39,7 @@ EXIT_WRONG = 1
 cli.path_flag("output", None, "Folder for acceptance.json and acceptance.md.", required=True)
 flags.DEFINE_bool("quick", False, "Small sizes, for a CPU.")
 flags.DEFINE_list("parts", list(acceptance.PARTS), f"What to do, of {', '.join(acceptance.PARTS)}.")
-cli.whole_flag("part_seconds", 300, "A part that takes longer is ended, and has failed.", 1, 86_400)
+cli.whole_flag("part_seconds", 600, "A part that takes longer is ended, and has failed.", 1, 86_400)
 flags.DEFINE_bool("overwrite", False, "Replace what an earlier run left in --output.")
 
 
