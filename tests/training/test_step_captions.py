@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from configs import digits
+from configs import common, digits
 from sra_jax import config as config_lib
 from sra_jax.data import digits_captions, registry
 from sra_jax.data.captions import embedded
@@ -29,7 +29,9 @@ def recipe(**changes):
     config.data.update(name="synthetic", image_size=4, channels=1, context_length=5, context_width=8)
     small = {"model.depth": 3, "model.width": 32, "model.heads": 2, "batch_size": BATCH, "optimizer.warmup_steps": 0,
              "alignment.student_block": 1, "alignment.teacher_block": 3, "model.pooled": True}  # fmt: skip
-    config.update_from_flattened_dict(small | changes)
+    config.update_from_flattened_dict(small)
+    common.small_methods(config, standardise="target")  # blocks that so few have
+    config.update_from_flattened_dict(changes)
     return config.lock()
 
 
