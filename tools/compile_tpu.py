@@ -101,7 +101,7 @@ def main() -> int:
         report = compiled(compile_search.cheapest(config), wanted)
         write_json(report)
     else:
-        report = compile_search.chosen(config, wanted, lambda config: compiled(config, wanted), print)[1]
+        report = compile_search.chosen(config, wanted, lambda config: compiled(config, wanted), print)
         write_json(report)
     print(compile_report.describe(report))
     return 0 if report["fits"] else EXIT_DOES_NOT_FIT
@@ -162,7 +162,7 @@ def entry(name: str, slice_name: str) -> compile_report.Report:
     """One row of the table."""
     wanted = chips.parse_slice(slice_name)
     config = importlib.import_module(f"configs.{name}").get_config()
-    _, report = compile_search.chosen(config, wanted, lambda config: compiled(config, wanted), _silent)
+    report = compile_search.chosen(config, wanted, lambda config: compiled(config, wanted), _silent)
     print(f"{name} {slice_name}: {'fits' if report['fits'] else 'does not fit'}", file=sys.stderr, flush=True)
     return report | {"slice": slice_name}
 

@@ -27,6 +27,7 @@ from sra_jax.benchmarks.acceptance import Result, Settings, row
 from sra_jax.benchmarks.sides import JaxSide
 from sra_jax.data import registry
 from sra_jax.distributed import sharding
+from sra_jax.distributed.devices import memory_bytes
 from sra_jax.errors import UserError
 from sra_jax.evaluation.extractors import build_extractor
 from sra_jax.models import attention
@@ -76,7 +77,7 @@ def measure_machine(settings: Settings) -> Result:
         if importlib.util.find_spec(name.replace("-", "_")) or name == "orbax-checkpoint":
             versions[name] = importlib.metadata.version(name)
     device = jax.devices()[0]
-    memory = (device.memory_stats() or {}).get("bytes_limit")
+    memory = memory_bytes()
     side = 512 if settings.quick else 8192
     rates = {dtype: matmul_rate(dtype, side, 3) for dtype in ("bfloat16", "float32")}
     shown = ", ".join(f"{name} {version}" for name, version in versions.items())
@@ -231,7 +232,7 @@ def largest_batch(config: ConfigDict) -> tuple[ConfigDict, JaxSide]:
     Raises:
       UserError: none does.
     """
-    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    limit = memory_bytes()
     reason = ""
     for batch in BATCHES:
         if batch > config.batch_size or batch % jax.device_count():

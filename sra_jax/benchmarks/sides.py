@@ -69,11 +69,9 @@ class JaxSide:
 
     def needed(self, name: str) -> int:
         """Bytes of a device's memory that the compiled step of "method" or "baseline" takes, by the compiler."""
-        memory = self._compile(name)[2].memory_analysis()
-        return (
-            memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-            + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
-        )  # fmt: skip
+        from sra_jax.training.fitting import memory_parts
+
+        return sum(memory_parts(self._compile(name)[2]).values())
 
     def forget(self, name: str) -> None:
         """Give back what `prepare` of "method" or "baseline" holds."""

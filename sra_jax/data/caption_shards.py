@@ -11,7 +11,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,25 +75,19 @@ def read(folder: str | os.PathLike) -> Stored | None:
     Raises:
       UserError: captions.json is something else.
     """
-    path = remote.path(folder).expanduser() / FILE
-    if not files.exists(path):
-        return None
-    try:
-        values = json.loads(files.read_text(path))
-        if values["format"] != FORMAT:
-            raise ValueError(f"its format is {values['format']!r}, this version reads {FORMAT!r}")
-        if any(Path(shard["file"]).name != shard["file"] for shard in values["shards"]):
-            raise ValueError("a shard outside of the folder")
-        if values["stores"] not in FORMS:
-            raise ValueError(f"it stores {values['stores']!r}, and not {' or '.join(FORMS)}")
-        return Stored(
-            values["stores"], int(values["length"]), int(values["width"]), str(values["encoder"]["name"]),
-            str(values["encoder"]["sha256"]), tuple(map(int, values["counts"])),
-            tuple((name, reason) for name, reason in values["bad"]),
-            tuple(shards.Shard(**shard) for shard in values["shards"]),
-        )  # fmt: skip
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise UserError(f"{path} does not describe stored captions ({error!r}): {AGAIN}") from error
+    return shards.read_described(folder, FILE, FORMAT, _parsed, "captions", AGAIN)
+
+
+def _parsed(values: Mapping[str, Any]) -> Stored:
+    if values["stores"] not in FORMS:
+        raise ValueError(f"it stores {values['stores']!r}, and not {' or '.join(FORMS)}")
+    described = Stored(
+        values["stores"], int(values["length"]), int(values["width"]), str(values["encoder"]["name"]),
+        str(values["encoder"]["sha256"]), tuple(map(int, values["counts"])),
+        tuple((name, reason) for name, reason in values["bad"]), (),
+    )  # fmt: skip
+    stored = tuple(shards.read_shard(given, described.record_bytes) for given in values["shards"])
+    return dataclasses.replace(described, shards=stored)
 
 
 def read_null(folder: str | os.PathLike) -> Captions:
@@ -198,7 +192,7 @@ def _write_shard(
                     writer.write(row.astype(FORMS[stored.form][1]).tobytes() + np.array(end, "<i4").tobytes())
         finally:
             writer.close()
-        shard = shards.Shard(path.name, sum(counts), unfinished.stat().st_size, shards.file_sha256(unfinished))
+        shard = shards.Shard(path.name, sum(counts), unfinished.stat().st_size, remote.file_sha256(unfinished))
     values = {"made_of": made_of, "counts": counts, "bad": bad, "shard": dataclasses.asdict(shard)}
     files.write_text(note, json.dumps(values))
     return shard, counts, bad

@@ -108,22 +108,16 @@ def read(folder: str | os.PathLike) -> Features | None:
     Raises:
       UserError: features.json is something else.
     """
-    path = remote.path(folder).expanduser() / FILE
-    if not files.exists(path):
-        return None
-    try:
-        values = json.loads(files.read_text(path))
-        if values["format"] != FORMAT:
-            raise ValueError(f"its format is {values['format']!r}, this version reads {FORMAT!r}")
-        tokens = shards.whole("tokens", values["tokens"], 1, 2**24)
-        widths = tuple(shards.whole("widths", width, 1, 2**24) for width in values["widths"])
-        described = Features(tokens, widths, tuple(map(str, values["sources"])), ())
-        stored = tuple(shards.read_shard(given, described.record_bytes) for given in values["shards"])
-        return dataclasses.replace(described, shards=stored)
-    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
-        raise UserError(
-            f"{path} does not describe stored features ({error!r}): make them with tools/prepare_latents.py --features"
-        ) from error
+    advice = "make them with tools/prepare_latents.py --features"
+    return shards.read_described(folder, FILE, FORMAT, _parsed, "features", advice)
+
+
+def _parsed(values: Mapping[str, Any]) -> Features:
+    tokens = shards.whole("tokens", values["tokens"], 1, 2**24)
+    widths = tuple(shards.whole("widths", width, 1, 2**24) for width in values["widths"])
+    described = Features(tokens, widths, tuple(map(str, values["sources"])), ())
+    stored = tuple(shards.read_shard(given, described.record_bytes) for given in values["shards"])
+    return dataclasses.replace(described, shards=stored)
 
 
 def store(
@@ -225,7 +219,7 @@ def _write_shard(
         finally:
             with shards.disk(path):
                 writer.close()
-        shard = shards.Shard(path.name, len(indices), unfinished.stat().st_size, shards.file_sha256(unfinished))
+        shard = shards.Shard(path.name, len(indices), unfinished.stat().st_size, remote.file_sha256(unfinished))
     files.write_text(note, json.dumps({"sources": source, "shard": dataclasses.asdict(shard)}))
     return shard
 

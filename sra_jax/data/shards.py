@@ -8,12 +8,11 @@ are not compressed, because the low bits of moments are noise.
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -35,6 +34,9 @@ REPAIR = (
 CHECKED_AT_ONCE = 256
 PROGRESS_FOLDER = "progress"
 _SETTINGS_FILE = "settings.json"
+
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,6 +224,33 @@ def read_shard(given: Any, record_bytes: int) -> Shard:
     return shard
 
 
+def read_described(
+    folder: str | os.PathLike, name: str, version: str, parse: Callable[[Mapping[str, Any]], T], what: str, advice: str
+) -> T | None:
+    """What a file beside latents says of further records that are stored there; None where there is no such file.
+
+    Args:
+      folder: of the latents.
+      name: the file's.
+      version: its "format", which must be this.
+      parse: makes the result of the file's values; what it raises is what is wrong with them.
+      what, advice: for the message: what is stored, and what to do.
+
+    Raises:
+      UserError: the file is something else.
+    """
+    path = _at(folder) / name
+    if not files.exists(path):
+        return None
+    try:
+        values = json.loads(files.read_text(path))
+        if values["format"] != version:
+            raise ValueError(f"its format is {values['format']!r}, this version reads {version!r}")
+        return parse(values)
+    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
+        raise UserError(f"{path} does not describe stored {what} ({error!r}): {advice}") from error
+
+
 def read_manifest(folder: str | os.PathLike) -> Manifest:
     """The manifest of a folder of latents.
 
@@ -303,7 +332,7 @@ def damaged_file(folder: str | os.PathLike, shard: Shard) -> str | None:
     path = Path(folder).expanduser() / shard.file
     if problem := _size_problem(folder, shard):
         return problem
-    return None if file_sha256(path) == shard.sha256 else f"{path} has another checksum than when it was written"
+    return None if remote.file_sha256(path) == shard.sha256 else f"{path} has another checksum than when it was written"
 
 
 def _content_problems(path: Path, shard: Shard, manifest: Manifest, first: int) -> Iterator[str]:
@@ -347,12 +376,6 @@ def disk(path: Path) -> Iterator[None]:
             f"{path} cannot be written ({error}). The shards before are whole: make room, and the same command goes on "
             "with this one"
         ) from error
-
-
-def file_sha256(path: str | os.PathLike) -> str:
-    """SHA-256 of a file in hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def shard_file(index: int, count: int) -> str:
@@ -463,7 +486,7 @@ class ShardWriter:
         finally:
             with disk(path):
                 writer.close()
-        shard = Shard(path.name, number, partial.stat().st_size, file_sha256(partial))
+        shard = Shard(path.name, number, partial.stat().st_size, remote.file_sha256(partial))
         os.replace(partial, path)
         files.write_text(
             self._done_path(index), json.dumps({"shard": dataclasses.asdict(shard), "skipped": skipped}, indent=1)

@@ -9,6 +9,8 @@ from typing import Any
 from sra_jax.errors import UserError
 
 GIB = 2**30
+RESERVED = 0.25 / 16
+"""Share of a TPU's HBM that the compiler keeps to itself: it offers 15.75 GB of 16."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +32,11 @@ class Chip:
     link_bandwidth: float
     cores_counted: bool
     options: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def usable_bytes(self) -> int:
+        """HBM that a program may use."""
+        return int(self.memory_bytes * (1 - RESERVED))
 
 
 CHIPS = {
@@ -68,9 +75,6 @@ FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x1
 CUBIC = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8"}
 """The usual slice of so many chips, for chips linked in two and in three dimensions."""
 
-RESERVED = 0.25 / 16
-"""Share of a TPU's HBM that the compiler keeps to itself: it offers 15.75 GB of 16."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
@@ -89,7 +93,7 @@ class Slice:
     @property
     def usable_bytes(self) -> int:
         """HBM of one chip that a program may use."""
-        return int(self.chip.memory_bytes * (1 - RESERVED))
+        return self.chip.usable_bytes
 
     @property
     def name(self) -> str:

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from sra_jax.distributed.chips import CHIPS, RESERVED, TPU_KINDS
+from sra_jax.distributed.chips import CHIPS, TPU_KINDS
 from sra_jax.errors import UserError
 
 
@@ -44,7 +44,7 @@ def _memory_bytes(device: jax.Device) -> int | None:
     if limit := (device.memory_stats() or {}).get("bytes_limit"):
         return int(limit)
     kind = TPU_KINDS.get(device.device_kind)
-    return int(CHIPS[kind].memory_bytes * (1 - RESERVED)) if kind else None
+    return CHIPS[kind].usable_bytes if kind else None
 
 
 def peak_memory_bytes() -> int | None:

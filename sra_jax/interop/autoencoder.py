@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from sra_jax import files
+from sra_jax import files, remote
 from sra_jax.errors import UserError
 from sra_jax.interop import hub
 from sra_jax.models.autoencoder import Autoencoder, AutoencoderConfig, abstract_model
@@ -200,7 +200,7 @@ def load(vae: str = DEFAULT_VAE, dtype: Any = jnp.float32) -> Autoencoder:
     config_path, weights_path = (hub.find(vae, name, _KIND) for name in (CONFIG_FILE, WEIGHTS_FILE))
     config = config_from_json(config_path.read_text(), str(config_path))
     params = params_from_tensors(hub.read_safetensors(weights_path), config, str(weights_path))
-    return Autoencoder(config, params, dtype=dtype, name=vae, fingerprint=hub.sha256(weights_path))
+    return Autoencoder(config, params, dtype=dtype, name=vae, fingerprint=remote.file_sha256(weights_path))
 
 
 def save(folder: str | os.PathLike, config: AutoencoderConfig, params: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ import tokenizers
 from flax import nnx, traverse_util
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from sra_jax import files
+from sra_jax import files, remote
 from sra_jax.errors import UserError
 from sra_jax.interop import hub
 from sra_jax.models.clip_text import ACTIVATIONS, ClipText, ClipTextConfig
@@ -320,7 +320,7 @@ def load(clip: str, length: int | None = None) -> TextTower:
             f"{length} tokens a caption do not fit the text encoder {clip}: from 2 to {config.max_position_embeddings}"
         )
     params = params_from_tensors(hub.read_safetensors(weights_path), config, str(weights_path))
-    return TextTower(clip, config, params, load_tokenizer(clip, length), hub.sha256(weights_path))
+    return TextTower(clip, config, params, load_tokenizer(clip, length), remote.file_sha256(weights_path))
 
 
 def save(folder: Path, config: ClipTextConfig, params: Mapping[str, Any], tokenizer: Tokenizer) -> None:

@@ -1,7 +1,6 @@
 """Files of published models: from a folder, or by Hugging Face id from a cache that is filled from the network."""
 
 import dataclasses
-import hashlib
 import re
 from pathlib import Path
 
@@ -81,9 +80,3 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
         return load_file(path)
     except SafetensorError as error:
         raise UserError(f"{path} is not a whole safetensors file ({error}): download it again") from error
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file in hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

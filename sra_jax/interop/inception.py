@@ -20,6 +20,7 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from sra_jax import remote
 from sra_jax.errors import UserError
 from sra_jax.files import cache_folder
 from sra_jax.interop.safetensors_tree import checksum, read_safetensors, write_safetensors
@@ -172,9 +173,7 @@ def convert_checkpoint(source: Path, target: Path) -> InceptionWeights:
         parameters = convert_state_dict(read_torch_file(source))
     except UserError as error:
         raise UserError(f"Inception weights {source}: {error}") from error
-    with source.open("rb") as file:
-        source_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    write_safetensors(target, parameters, {"source": source.name, "source_sha256": source_sha256})
+    write_safetensors(target, parameters, {"source": source.name, "source_sha256": remote.file_sha256(source)})
     return _read_converted(target)
 
 
@@ -222,8 +221,7 @@ def load_weights(path: str | Path | None = None) -> InceptionWeights:
         raise UserError(f"Inception weights {path} do not exist. The published checkpoint is at {URL}")
     if path.suffix == ".safetensors":
         return _read_converted(path)
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = remote.file_sha256(path)
     target = cache_folder() / (
         CACHE_NAME if digest.startswith(SHA256_PREFIX) else f"inception-{digest[:16]}.safetensors"
     )

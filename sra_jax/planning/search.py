@@ -58,15 +58,15 @@ class Search:
         if not self._sample and not any(report["fits"] for _, report in self.tried):
             for mesh in meshes:
                 self._refine(mesh, "full")
-        fitting = [entry for entry in self.tried if entry[1]["fits"]]
-        if fitting:
-            return min(fitting, key=lambda entry: entry[1]["step_seconds"]["in_turn"])
+        suited = [entry for entry in self.tried if entry[1]["fits"]]
+        if suited:
+            return min(suited, key=lambda entry: entry[1]["step_seconds"]["in_turn"])
         return min(self.tried, key=lambda entry: entry[1]["peak_bytes"] or math.inf)
 
     def _meshes(self) -> list[dict[str, int]]:
         """Meshes that the batch and the network's width can be split over, from the least to the most split state."""
-        size, width = self._wanted.size, self._config.model.width
-        sizes = sorted({fsdp for fsdp in (1, 4, 16, 64, 256, size) if size % fsdp == 0 and width % fsdp == 0})
+        size = self._wanted.size
+        sizes = fitting.splits(self._config, size)
         meshes = [{"mesh.data": size // fsdp, "mesh.fsdp": fsdp, "mesh.model": 1} for fsdp in sizes]
         return [mesh for mesh in meshes if self._possible(mesh | {"accumulation": 1})]
 
@@ -116,38 +116,38 @@ def _outcome(report: Report) -> str:
 
 def begun(config: ConfigDict, wanted: Slice) -> ConfigDict:
     """The recipe with the setting that would be tried first on the slice of what it leaves open."""
-    settings = fitting.candidates(without_data(config), wanted.size, wanted.usable_bytes)
-    return with_settings(config, next(settings, {})) if fitting.is_open(config) else config
+    if not fitting.is_open(config):
+        return config
+    bare = without_data(config)
+    settings = fitting.candidates(bare, wanted.size, wanted.usable_bytes, fitting.whole_state(bare))
+    return with_settings(config, next(settings, {}))
 
 
 def chosen(
     config: ConfigDict, wanted: Slice, compile_one: Callable[[ConfigDict], Report], say: Callable[[str], None]
-) -> tuple[dict[str, Any], Report]:
-    """What main.py would choose on the slice of what the recipe leaves open: the values, and the report on them.
+) -> Report:
+    """The report on what main.py would choose on the slice of what the recipe leaves open.
 
-    Where nothing fits, the report is of the setting that was nearest.
+    Where nothing fits, it is of the setting that was nearest.
 
     Raises:
       UserError: the batch cannot be split over the slice.
     """
     config = without_data(config)
-    tried: list[tuple[ConfigDict, Report]] = []
+    tried: list[Report] = []
 
     def attempt(config: ConfigDict) -> fitting.Attempt:
         report = compile_one(config)
-        tried.append((config, report))
+        tried.append(report)
         return fitting.Attempt(report["fits"], report["peak_bytes"], report)
 
     if not fitting.is_open(config):
-        return {}, compile_one(config)
+        return compile_one(config)
     try:
-        best, found = fitting.choose(config, wanted.size, wanted.usable_bytes, attempt, say)
-        report = found.result
-        say(fitting.explained(config, best, wanted.size, wanted.usable_bytes, found))
+        return fitting.choose(config, wanted.size, wanted.usable_bytes, attempt, say)[1].result
     except UserError as error:
         if not tried:
             config_lib.check(cheapest(config), wanted.size)  # why no setting could be tried
             raise
         say(str(error))
-        best, report = min(tried, key=lambda entry: entry[1]["peak_bytes"] or math.inf)
-    return {key: fitting.value(best, key) for key in fitting.KEYS}, report
+        return min(tried, key=lambda report: report["peak_bytes"] or math.inf)

@@ -17,7 +17,7 @@ import shutil
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from errno import EIO, ENOENT
 from pathlib import Path
 from typing import Any, cast
@@ -208,12 +208,18 @@ def download(address: str | os.PathLike, target: Path) -> None:
         with contextlib.ExitStack() as stack:
             with asked(address):
                 source = stack.enter_context(path(address).open("rb"))
-            while True:
-                with asked(address):
-                    block = source.read(BLOCK)
-                if not block:
-                    return
+            for block in _blocks(source, lambda: asked(address)):
                 file.write(block)
+
+
+def _blocks(source: Any, asking: Callable[[], contextlib.AbstractContextManager[None]]) -> Iterator[bytes]:
+    """What `source.read` gives until its end; each reading, and nothing else, happens within `asking()`."""
+    while True:
+        with asking():
+            block = source.read(BLOCK)
+        if not block:
+            return
+        yield block
 
 
 def upload(source: Path, address: str | os.PathLike) -> None:
@@ -370,11 +376,7 @@ def _hub_download(text: str, file: Any) -> None:
         response = urllib.request.urlopen(_hub_request(text, "GET"), timeout=TIMEOUT_SECONDS)
     with response:
         expected, arrived = response.headers.get("Content-Length"), 0
-        while True:
-            with _hub_asked(text):
-                block = response.read(BLOCK)
-            if not block:
-                break
+        for block in _blocks(response, lambda: _hub_asked(text)):
             file.write(block)
             arrived += len(block)
     if expected is not None and arrived != int(expected):
@@ -397,7 +399,7 @@ def describe(found: Mapping[str, Any]) -> str:
     return json.dumps(dict(found), sort_keys=True)
 
 
-def file_sha256(path_of_file: Path) -> str:
+def file_sha256(local: str | os.PathLike) -> str:
     """SHA-256 of a local file in hexadecimal digits."""
-    with path_of_file.open("rb") as file:
+    with open(local, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -98,7 +98,7 @@ def whole_state(config: ConfigDict) -> int:
     return copies * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
 
 
-def candidates(config: ConfigDict, devices: int, memory: int) -> Iterator[Settings]:
+def candidates(config: ConfigDict, devices: int, memory: int, state: int) -> Iterator[Settings]:
     """Settings of what the config leaves open, in the order in which they are tried.
 
     The state is split over the fewest devices with which it takes a third of the memory, then over more; before the
@@ -108,10 +108,13 @@ def candidates(config: ConfigDict, devices: int, memory: int) -> Iterator[Settin
       config: the recipe.
       devices: of all processes.
       memory: bytes of one device.
+      state: as `whole_state` counts it.
     """
     given = cheapest(config)
-    is_free = _mesh_is_open(config)
-    meshes = _meshes(config, devices, memory) if is_free else [config_lib.mesh_shape(given, devices)["fsdp"]]
+    meshes = [config_lib.mesh_shape(given, devices)["fsdp"]]
+    if _mesh_is_open(config):
+        sizes = splits(config, devices // max(1, config.mesh.model))
+        meshes = [size for size in sizes if state / size <= memory * SHARE] or sizes[-1:]
     remats = REMAT if config.model.remat == config_lib.AUTO else (given.model.remat,)
     parts = PARTS if config.accumulation == 0 else (given.accumulation,)
     order = list(itertools.product(parts, remats, meshes))
@@ -123,12 +126,9 @@ def candidates(config: ConfigDict, devices: int, memory: int) -> Iterator[Settin
             yield settings
 
 
-def _meshes(config: ConfigDict, devices: int, memory: int) -> list[int]:
-    ways = devices // max(1, config.mesh.model)
-    sizes = sorted({size for size in (*SIZES, ways) if ways % size == 0 and config.model.width % size == 0})
-    state = whole_state(config)
-    fitting = [size for size in sizes if state / size <= memory * SHARE]
-    return fitting or sizes[-1:]
+def splits(config: ConfigDict, devices: int) -> list[int]:
+    """Over how many of the devices the state may be split, in ascending order."""
+    return sorted({size for size in (*SIZES, devices) if devices % size == 0 and config.model.width % size == 0})
 
 
 def possible(config: ConfigDict, devices: int) -> bool:
@@ -142,7 +142,7 @@ def possible(config: ConfigDict, devices: int) -> bool:
 
 def choose(
     config: ConfigDict, devices: int, memory: int, attempt: Callable[[ConfigDict], Attempt],
-    say: Callable[[str], None], first: Settings | None = None, below: int | None = None,
+    say: Callable[[str], None], below: int | None = None,
 ) -> tuple[ConfigDict, Attempt]:
     """The first setting that the compiler fits into the memory.
 
@@ -154,8 +154,7 @@ def choose(
       devices: of all processes.
       memory: bytes of one device that a program may use.
       attempt: compiles a config.
-      say: takes a line about each setting that does not fit.
-      first: settings that are tried before all others, such as those that a run was trained with before.
+      say: takes a line about each setting that does not fit, and about what was chosen and why.
       below: settings that need as many bytes or more do not fit either.
 
     Returns:
@@ -168,15 +167,13 @@ def choose(
     state = whole_state(config)
     refused: list[tuple[Settings, int]] = []
     nearest: tuple[float, str] = (math.inf, "")
-    tried: list[Settings] = []
-    for settings in itertools.chain([first] if first else [], candidates(config, devices, memory)):
-        least = _least(settings, refused, state)
-        if settings in tried or least > limit:
+    for settings in candidates(config, devices, memory, state):
+        if _least(settings, refused, state) > limit:
             continue
-        tried.append(settings)
         wanted = with_settings(config, settings)
         found = attempt(wanted)
         if found.fits and (found.peak is None or found.peak <= limit):
+            say(_explained(config, wanted, devices, memory, found, state))
             return wanted, found
         needed = gigabytes(found.peak) if found.peak else "more"
         say(f"{shown(settings)} needs {needed} of {gigabytes(limit)} a device: trying the next")
@@ -198,15 +195,17 @@ def _least(settings: Settings, refused: list[tuple[Settings, int]], state: int) 
     ), default=split)  # fmt: skip
 
 
-def explained(config: ConfigDict, chosen: ConfigDict, devices: int, memory: int, attempt: Attempt) -> str:
+def _explained(
+    config: ConfigDict, chosen: ConfigDict, devices: int, memory: int, attempt: Attempt, state: int
+) -> str:
     """One line: what was chosen of what the config left open, and why."""
     shape = config_lib.mesh_shape(chosen, devices)
     ways = shape["fsdp"]
-    state = gigabytes(whole_state(config) // ways)
     parts = []
     if _mesh_is_open(config):
         whole = "the whole state" if ways == 1 else f"the state, split over {ways},"
-        parts.append(f"mesh {shape['data']} x {ways} (data x fsdp), where {whole} takes {state} a device")
+        takes = gigabytes(state // ways)
+        parts.append(f"mesh {shape['data']} x {ways} (data x fsdp), where {whole} takes {takes} a device")
     if config.model.remat == config_lib.AUTO:
         parts.append(f"model.remat={chosen.model.remat}")
     if config.accumulation == 0:

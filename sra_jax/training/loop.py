@@ -89,11 +89,15 @@ def _train(
     try:
         finished = max(checkpoints.steps(), default=0) >= steps
         memory = None if finished else memory_of(config)
+        aside = None
         if memory:  # before anything is compiled: these find out which weights or images are missing
             latent_means.keep(config, dataset, workdir)
-            open_config = fitting.cheapest(config)
-            beside(open_config, _mesh(open_config), workdir, dataset)
+            cheapest = fitting.cheapest(config)
+            mesh = _mesh(cheapest)
+            aside = beside(cheapest, mesh, workdir, dataset)
         config, program, compiled = fitted(config, dataset, steps, memory, say)
+        if aside and program.mesh != mesh:
+            aside = None  # they lie on the devices as another mesh would have them
         state = begin(config, program, checkpoints, workdir, say, started)
         _write_config(config, workdir, dataset)
         if int(state.step) >= steps:
@@ -105,9 +109,11 @@ def _train(
             _say_kept(config, say)
             clock = Clock(config, began, history, int(state.step))
             with processes.Preemption() as preemption, _out_of_memory(config, dataset, steps, memory, checkpoints):
+                aside = aside or beside(config, program.mesh, workdir, dataset)
                 _run(
-                    config, program, compiled, checkpoints, state, dataset, steps, workdir, preemption, lock, clock
-                )
+                    config, program, compiled, checkpoints, state, dataset, steps, workdir, preemption, lock, clock,
+                    *aside,
+                )  # fmt: skip
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)
         checkpoints.wait()
@@ -143,7 +149,6 @@ def fitted(
         return config, *found.result
     say("compiling the step, to see what fits")
     chosen, found = fitting.choose(config, jax.device_count(), memory, attempt, say)
-    say(fitting.explained(config, chosen, jax.device_count(), memory, found))
     return chosen, *found.result
 
 
@@ -369,12 +374,11 @@ def _say_where(config: ConfigDict, workdir: Path, say: Callable[..., None]) -> N
 def _run(
     config: ConfigDict, program: Program, compiled: jax.stages.Compiled | None, checkpoints: Checkpoints,
     state: TrainState, dataset: Dataset, steps: int, workdir: Path, preemption: processes.Preemption,
-    lock: files.Lock | None, clock: Clock,
+    lock: files.Lock | None, clock: Clock, previews: "Previews | None", evaluation: TrainingEvaluation | None,
 ) -> None:
     """The hot loop. The host runs ahead of the devices: it waits for them only to log, to preview and to save."""
     first = int(state.step)
     mesh = program.mesh
-    previews, evaluation = beside(config, mesh, workdir, dataset)
     read = {
         "batch_size": config.batch_size, "seed": config.seed, "rows": sharding.process_rows(mesh, config.batch_size)
     }  # fmt: skip

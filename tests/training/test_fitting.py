@@ -33,7 +33,8 @@ def chosen(config, attempt, **options):
 
 def test_the_state_takes_a_third_of_the_memory():
     for recipe_, memory, fsdp in ((sit_xl2, 16, 4), (sit_xl2, 33, 1), (sit_b2, 16, 1), (sit_xl2, 2, 16)):
-        first = next(fitting.candidates(recipe_.get_config(), 16, memory * GB))
+        config = recipe_.get_config()
+        first = next(fitting.candidates(config, 16, memory * GB, fitting.whole_state(config)))
         assert first == {"mesh.fsdp": fsdp, "model.remat": "dots", "accumulation": 1}
 
 
