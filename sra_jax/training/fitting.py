@@ -168,7 +168,7 @@ def choose(
     refused: list[tuple[Settings, int]] = []
     nearest: tuple[float, str] = (math.inf, "")
     for settings in candidates(config, devices, memory, state):
-        if _least(settings, refused, state) > limit:
+        if refused and _least(settings, refused, state) > limit:  # the compiler itself refuses the first
             continue
         wanted = with_settings(config, settings)
         found = attempt(wanted)
