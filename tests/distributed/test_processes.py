@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -25,6 +26,7 @@ COMMON = (
 
 
 RESERVED = []
+GLOO = re.compile(r"Gloo|Rank|connected|peer ranks")
 
 
 def reserve_port():
@@ -100,7 +102,10 @@ def together(tmp_path_factory):
     first, second = finish(start_two("--config.mesh.fsdp=4", f"--workdir={workdir}"))
     assert first[0] == second[0] == 0, (first, second)
     assert "8 cpu device(s)" in first[1]
-    assert all(line.startswith("[Gloo]") for line in second[1].splitlines())  # process 0 speaks for all
+    # Process 0 speaks for all. Gloo's own lines come from several threads and may lie within each other.
+    assert "done." in first[1]
+    for line in second[1].splitlines():
+        assert GLOO.search(line) or not re.search("[a-z]", line), line
     return workdir
 
 
