@@ -19,7 +19,8 @@ TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("*.py"))
 TEXTS = {
     "labels", "sampler", "sampling_steps", "guidance_interval", "names", "blocks", "levels", "metrics", "topology",
     "recipes", "parts", "coordinator_address", "methods", "ema", "prompt", "prompts", "attention", "remat",
-    "seeds", "measure_at", "probe_levels", "shard", "vary", "topologies",
+    "seeds", "measure_at", "probe_levels", "shard", "vary",
+    "guidance_scales", "guidance_intervals", "emas", "steps", "topologies",
 }  # fmt: skip
 """Flags of text that is neither a path nor a number; their commands read them."""
 
@@ -28,6 +29,7 @@ TEXT_KINDS = ("DEFINE_string", "DEFINE_list", "DEFINE_multi_string")
 LOCAL = {
     ("compile_tpu", "results"), ("fid", "data_dir"), ("linear_probe", "cache"), ("prepare_latents", "data_dir"),
     ("prepare_latents", "features"), ("prepare_latents", "output"), ("study", "output"),
+    ("sweep", "workdir"), ("sweep", "output"), ("sweep", "data_dir"),
 }  # fmt: skip
 """Flags of paths that cannot be addresses."""
 

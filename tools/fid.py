@@ -26,6 +26,10 @@ Examples:
 
     # Every metric there is; the result also as a file
     python tools/fid.py --samples=samples.npz --reference=photos_stats.npz --metrics=all --json=result.json
+
+    # A result once more, here and now, by all that its record says: does it agree, and what is otherwise?
+    python tools/fid.py --again=result.json
+    python tools/fid.py --again=W/evaluation/step_0400000.json --guidance_scale=1.9
 """
 
 import contextlib
@@ -49,12 +53,12 @@ from sra_jax.data import classes
 from sra_jax.distributed import compilation_cache
 from sra_jax.distributed.devices import check_devices
 from sra_jax.errors import UserError
-from sra_jax.evaluation import evaluate, judge
+from sra_jax.evaluation import evaluate, judge, record
 from sra_jax.evaluation import samples as runs
 from sra_jax.evaluation.datasets import OWN, is_dataset, named_images
 from sra_jax.evaluation.extractors import EXTRACTORS
 from sra_jax.evaluation.features import Extractor
-from sra_jax.evaluation.images import ImageSet, open_images
+from sra_jax.evaluation.images import Digest, ImageSet, open_images
 from sra_jax.evaluation.reference import (
     Reference,
     check_statistics_path,
@@ -117,6 +121,37 @@ flags.DEFINE_list(
 cli.whole_flag("batch_size", None, "images at a time, over all devices; by default 32 a device", 1, values.BATCH_LIMIT)
 cli.whole_flag("seed", 0, "of the random subsets of KID and FID infinity", 0, values.SEED_LIMIT)
 cli.path_flag("json", None, "write the result to this new file, too")
+cli.path_flag("again", None, "measure once more what this file holds, a result, and say whether the two agree")
+REPEATED = (
+    "workdir", "samples", "step", "tree", "ema", "num_samples", "labels", "prompt", "prompts", "sampling_batch_size",
+    "reference", "data_dir", "extractor", "weights", "resize", "batch_size", "seed",
+)  # fmt: skip
+"""Flags that are kept with a result as they were given; those of the sampler and the metrics as they turned out."""
+
+
+def _repeat() -> dict[str, object] | None:
+    """What --again names; flags that are not on the command line are set as they were for it."""
+    if not FLAGS.again:
+        return None
+    old = record.read(FLAGS.again)
+    for name, value in old[record.NAME]["given"].items():
+        if name in FLAGS and not FLAGS[name].present and value not in (None, [], ""):
+            FLAGS[name].parse(value)
+    return old
+
+
+def _given(metrics: tuple[str, ...], **resolved: object) -> dict[str, object]:
+    """The flags that repeat this result."""
+    return {name: FLAGS[name].value for name in REPEATED} | {"metrics": list(metrics), **resolved}
+
+
+def _record_of_run(model: TrainedModel, generator: Generator, metrics: tuple[str, ...]) -> dict[str, object]:
+    """What of a run shapes its result."""
+    sampling = record.given_sampling(generator.describe())
+    return {
+        "given": _given(metrics, step=model.step, **sampling),
+        **record.of_model(model.config, model.step, model.weights, model.params, generator),
+    }
 
 
 def _check_flags() -> None:
@@ -249,6 +284,7 @@ def _judge_run(model: TrainedModel, generator: Generator) -> dict[str, object]:
         )
     found, images = judge.measure(generator, model.params, FLAGS.prompts, FLAGS.num_samples, FLAGS.seed)
     result = {"samples": f"{FLAGS.workdir} step {model.step}", **_made(model, generator), **found}
+    result[record.NAME] = {**_record_of_run(model, generator, ()), "environment": record.environment_now()}
     path = runs.write_result(remote.path(FLAGS.workdir), model.step, result)
     print(f"wrote {path}", file=sys.stderr)
     if FLAGS.save_samples:
@@ -278,6 +314,9 @@ def _measure_run(
             image_size=generator.image_size(), seed=FLAGS.seed, translation=translation,
         )  # fmt: skip
         result = {"samples": f"{FLAGS.workdir} step {model.step}", **made, **result}
+        result[record.NAME] = {
+            **_record_of_run(model, generator, metrics), **record.of_measurement(extractor, reference)
+        }  # fmt: skip
         path = runs.write_result(workdir, model.step, result)
         if FLAGS.save_samples:
             files.write_results(
@@ -293,19 +332,34 @@ def _measure_files(
     translation: np.ndarray | None,
 ) -> dict[str, object]:
     """Measure; how often each class is among the samples belongs to the result."""
+    digest = Digest()
     result = evaluate.measure(
-        samples.batches(256), reference, extractor, metrics=metrics, batch_size=FLAGS.batch_size, total=len(samples),
-        seed=FLAGS.seed, translation=translation,
+        digest.watched(samples.batches(256)), reference, extractor, metrics=metrics, batch_size=FLAGS.batch_size,
+        total=len(samples), seed=FLAGS.seed, translation=translation,
     )  # fmt: skip
     if samples.labels is not None:
         counts = np.unique(samples.labels, return_counts=True)[1]
         result["samples_per_class"] = [int(counts.min()), int(counts.max())]
+    result[record.NAME] = {
+        "given": _given(metrics), "samples": digest.text, **record.of_measurement(extractor, reference)
+    }  # fmt: skip
     return {"samples": FLAGS.samples, **result}
 
 
-def main() -> None:
-    """Open everything, refuse what cannot work, then measure."""
+def main() -> int | None:
+    """Measure; with --again also compare, and return 1 where the results do not agree."""
+    old = _repeat()
     _check_flags()
+    result = _measured()
+    if old is None or result is None:
+        return None
+    agrees, lines = record.compare(old, record.plain(result))
+    print(f"{FLAGS.again}: " + "\n".join(lines), file=sys.stderr)
+    return None if agrees else 1
+
+
+def _measured() -> dict[str, object] | None:
+    """Open everything, refuse what cannot work, then measure; the result, if there is one."""
     check_devices()
     compilation_cache.use()
     model = generator = samples = None
@@ -319,7 +373,7 @@ def main() -> None:
         if judge.can_tell(model.config.data, FLAGS.prompts):
             result = _judge_run(model, generator)
             _report(result, judge.table(result))
-            return
+            return result
     if FLAGS.samples:
         samples = open_images(FLAGS.samples)
         _say_what_is_there("samples", samples)
@@ -352,14 +406,14 @@ def main() -> None:
         for flag in ("save_samples", "make_reference", "json"):
             if path := FLAGS[flag].value:
                 locks.enter_context(files.locked_output(path, f"choose another --{flag}"))
-        _work(model, generator, samples, source, extractor, metrics, translation)
+        return _work(model, generator, samples, source, extractor, metrics, translation)
 
 
 def _work(
     model: TrainedModel | None, generator: Generator | None, samples: ImageSet | None, source: str | ImageSet | None,
     extractor: Extractor, metrics: tuple[str, ...], translation: np.ndarray | None,
-) -> None:
-    """Load the reference, measure, report."""
+) -> dict[str, object] | None:
+    """Load the reference, measure, report; the result, if there is one."""
     reference = None
     if source is not None and (FLAGS.make_reference or any(evaluate.METRICS[name][2] for name in metrics)):
         with_features = bool(FLAGS.make_reference or evaluate.NEEDS_FEATURES & set(metrics))
@@ -372,8 +426,9 @@ def _work(
     elif samples is not None:
         result = _measure_files(samples, reference, extractor, metrics, translation)
     else:
-        return
+        return None
     _report(result, evaluate.table(result))
+    return result
 
 
 def _report(result: dict[str, object], table: str) -> None:

@@ -45,6 +45,7 @@ from sra_jax import cli, files, values
 from sra_jax import config as config_lib
 from sra_jax.benchmarks import study, study_report
 from sra_jax.benchmarks.study_points import Probe
+from sra_jax.distributed import compilation_cache
 from sra_jax.distributed.devices import check_devices
 from sra_jax.errors import UserError
 from sra_jax.inspection.tokens import parse_levels
@@ -72,6 +73,7 @@ def main() -> None:
         print(study_report.write(output).read_text(), end="")
         return
     check_devices()
+    compilation_cache.use()
     shard = study.parse_shard(FLAGS.shard)
     seeds = [values.whole("--seeds", seed, 0, values.SEED_LIMIT) for seed in FLAGS.seeds]
     measured = [values.whole("--measure_at", step, 1, values.COUNT_LIMIT) for step in FLAGS.measure_at]

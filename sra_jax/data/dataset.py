@@ -70,6 +70,9 @@ class Dataset:
 
 
 class Decoder(Protocol):
-    """Turns latents (B,H,W,C) float32 into images (B,H',W',C') uint8; compiles itself, parameters are its own."""
+    """Turns latents (B,H,W,C) float32 into images (B,H',W',C') uint8; compiles itself, parameters are its own.
+
+    One with weights also has `fingerprint`, the SHA-256 of their file.
+    """
 
     def __call__(self, latents: jax.Array) -> jax.Array: ...

@@ -231,7 +231,7 @@ def decoder(data: Any) -> Decoder:
     Raises:
       UserError: the autoencoder cannot be found, or its scaling or latents differ from those in the manifest.
     """
-    return _vae(data).decode_uint8
+    return _vae(data)
 
 
 def example_from_image(data: Any, picture: Image.Image) -> Example:

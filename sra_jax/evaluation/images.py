@@ -2,11 +2,12 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import math
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
@@ -79,6 +80,27 @@ def reader(images: np.ndarray) -> Callable[[int], Iterator[np.ndarray]]:
             yield images[start : start + batch_size]
 
     return read
+
+
+class Digest:
+    """A checksum of images as they stream by.
+
+    Attributes:
+      text: 16 hexadecimal digits that stand for all images so far, in their order.
+    """
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def watched(self, batches: Iterable[ImageBatch]) -> Iterator[ImageBatch]:
+        """The same batches, counted in as they pass; how they are cut makes no difference."""
+        for images, labels in batches:
+            self._digest.update(np.ascontiguousarray(images).tobytes())
+            yield images, labels
+
+    @property
+    def text(self) -> str:
+        return self._digest.hexdigest()[:16]
 
 
 def check_images(images: np.ndarray, source: str) -> None:

@@ -1,6 +1,7 @@
 """What samples are compared with: statistics and features of a reference set."""
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 from sra_jax import files
 from sra_jax.errors import UserError
 from sra_jax.evaluation.features import Extractor, extract_features
-from sra_jax.evaluation.images import ImageSet, npz_names, open_images, read_npz
+from sra_jax.evaluation.images import Digest, ImageSet, npz_names, open_images, read_npz
 from sra_jax.evaluation.statistics import GaussianStatistics, Moments
 
 FORMAT = "sra_jax statistics 1"
@@ -34,6 +35,7 @@ class Reference:
       features: (M,D) float32 pool features of up to MOST_FEATURES images, for precision, recall and KID; None if the
         source holds none.
       class_names: one a label of the set, or None where it has none.
+      checksum: 16 hexadecimal digits that stand for the images, or for the file where it was read from one; or None.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Reference:
     spatial: GaussianStatistics | None
     features: np.ndarray | None
     class_names: tuple[str, ...] | None = None
+    checksum: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,8 +164,9 @@ def make_reference(
     pool, spatial = Moments(), Moments()
     features = []
     done = 0
+    digest = Digest()
     for batch, _ in extract_features(
-        images.batches(256),
+        digest.watched(images.batches(256)),
         extractor,
         batch_size=batch_size,
         total=len(images),
@@ -183,6 +187,7 @@ def make_reference(
         spatial=spatial.statistics() if spatial.count else None,
         features=np.concatenate(features),
         class_names=images.class_names,
+        checksum=digest.text,
     )
 
 
@@ -245,6 +250,7 @@ def _load_stored(path: Path, metadata: Stored, extractor: Extractor) -> Referenc
         pool=pool,
         spatial=_statistics(path, SPATIAL) if set(SPATIAL) <= set(names) else None,
         features=features,
+        checksum=_file_checksum(path),
         **dataclasses.asdict(metadata),
     )
 
@@ -300,4 +306,13 @@ def load_reference(
         pool=pool,
         spatial=_statistics(path, SPATIAL) if set(SPATIAL) <= set(npz_names(path)) else None,
         features=features,
+        checksum=_file_checksum(path),
     )
+
+
+def _file_checksum(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(2**24):
+            digest.update(part)
+    return digest.hexdigest()[:16]

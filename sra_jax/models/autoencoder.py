@@ -418,6 +418,10 @@ class Autoencoder:
         latents = jnp.asarray(latents)
         return self._decode(self.params(latents), latents, slice_size, batch_shards(latents))
 
+    def __call__(self, latents: jax.Array) -> jax.Array:
+        """`decode_uint8`."""
+        return self.decode_uint8(latents)
+
     def decode_uint8(self, latents: jax.Array, slice_size: int = 1) -> jax.Array:
         """Images (B,H,W,C) uint8 of *scaled* latents (B,h,w,C): (x+1)/2*255, clipped to [0, 255] and truncated.
 

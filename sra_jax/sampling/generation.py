@@ -142,6 +142,10 @@ class Generator:
             del sampling["correction"]  # it is about nothing
         return {**sampling, "seed": self._seed}
 
+    def decoder_weights(self) -> str | None:
+        """SHA-256 of the weights that turn latents into images; None where it takes none, or they have no file."""
+        return getattr(self._decoder, "fingerprint", None)
+
     def image_size(self) -> tuple[int, int]:
         """Height and width of the images, pixels; one latent of zeros is decoded to know it."""
         size, channels = self._config.data.image_size, self._config.data.channels

@@ -12,7 +12,7 @@ from sra_jax import remote
 from sra_jax.config.profiles import TEACHER
 from sra_jax.data import registry as datasets
 from sra_jax.errors import UserError
-from sra_jax.evaluation import evaluate
+from sra_jax.evaluation import evaluate, record
 from sra_jax.evaluation.reference import Reference, load_reference, parts_of
 from sra_jax.evaluation.samples import SEED, Samples, extractor_for, open_reference, write_result
 from sra_jax.runs import latent_means
@@ -36,7 +36,7 @@ class TrainingEvaluation:
 
     def __init__(self, config: ConfigDict, mesh: Mesh, workdir: Path, class_names: Sequence[str] | None):
         settings = config.evaluation
-        self._count, self._workdir = settings.num_samples, remote.path(workdir)
+        self._config, self._count, self._workdir = config, settings.num_samples, remote.path(workdir)
         self._generator = Generator(
             config, mesh, datasets.decoder(config.data), settings.batch_size, SEED, latent_means.read(config, workdir)
         )
@@ -64,6 +64,8 @@ class TrainingEvaluation:
     def measure(self, ema: Mapping[str, Any], step: int) -> dict[str, float]:
         """The metrics of the EMA at this step, also written to evaluation/step_*.json. Empty but on process 0."""
         params = {"model": ema["model"]}
+        weights = "ema" if self._ema == TEACHER else f"ema {self._ema}"
+        made = record.of_model(self._config, step, weights, params, self._generator)
         if not self._leads:  # generating is everybody's work, measuring process 0's
             for _ in self._generator.images(params, self._count, LABELS):
                 pass
@@ -73,8 +75,18 @@ class TrainingEvaluation:
             samples.features(f"evaluating step {step}"), self._reference, self._extractor, metrics=self._metrics,
             image_size=self._generator.image_size(), translation=self._translation,
         )  # fmt: skip
-        made = {"step": step, "labels": LABELS, "sampling": self._generator.describe()}
+        described, settings = self._generator.describe(), self._config.evaluation
+        result = {"step": step, "labels": LABELS, "sampling": described, **result}
         if self._ema != TEACHER:
-            made["ema"] = self._ema
-        write_result(self._workdir, step, {**made, **result})
+            result["ema"] = self._ema
+        result[record.NAME] = {
+            "given": {
+                "workdir": str(self._workdir), "step": step, "tree": "ema", "ema": self._ema, "labels": LABELS,
+                "num_samples": self._count, "sampling_batch_size": settings.batch_size,
+                "reference": settings.reference, "extractor": settings.extractor, "weights": settings.weights or None,
+                "metrics": list(self._metrics), **record.given_sampling(described),
+            },
+            **made, **record.of_measurement(self._extractor, self._reference),
+        }  # fmt: skip
+        write_result(self._workdir, step, result)
         return {name: float(result[name]) for name in self._metrics}

@@ -23,16 +23,13 @@ TINY = (
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory):
+def study(tmp_path_factory, classifier_cache):
     """The output of `none` with seed 0, by a command, and of `sra` and seed 1, added in this process."""
-    patch = pytest.MonkeyPatch()
-    patch.setenv("SRA_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
     output = tmp_path_factory.mktemp("study") / "study"
     run("tools/study.py", *TINY, "--methods=none", "--seeds=0", f"--output={output}", devices=8)
     first = (output / "cells" / "none-seed0.json").stat().st_mtime_ns
     call("study", *TINY, "--methods=none,sra", "--seeds=0,1", f"--output={output}")
-    yield output, first
-    patch.undo()
+    return output, first
 
 
 def cell(output, name):
