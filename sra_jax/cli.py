@@ -4,13 +4,15 @@ Flags that hold numbers and paths are defined here, so that all are read in one 
 `path_flag`, `paths_flag`, `source_flag`.
 """
 
+import contextlib
 import difflib
 import errno
 import os
+import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -115,6 +117,38 @@ def run(main: Callable[[], int | None], argv: list[str] | None = None) -> None:
         sys.exit(EXIT_BAD_INPUT)
 
     app.run(guarded, argv=argv, flags_parser=parse)
+
+
+@contextlib.contextmanager
+def ends_when_told(state: str) -> Iterator[None]:
+    """SIGTERM and Ctrl-C end the block as they end a training run: by `Preempted` and `Interrupted`.
+
+    A second signal does what it did before the block. On another thread than the main one nothing changes.
+
+    Args:
+      state: what is saved, for the message.
+    """
+    if threading.current_thread() is not threading.main_thread():  # Python allows it nowhere else
+        yield
+        return
+    before: dict[int, Any] = {}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def end(number: int, _: Any) -> None:
+        restore()
+        if number == signal.SIGINT:
+            raise Interrupted(f"interrupted: {state}; the same command goes on from there")
+        raise Preempted(f"told to make room: {state}; start the same command again")
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, end)
+    try:
+        yield
+    finally:
+        restore()
 
 
 def help_text(docstring: str, full: bool = False) -> str:

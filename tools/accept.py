@@ -6,10 +6,12 @@ the largest batch that fits, beside the same step in PyTorch where that is insta
 FID network; and kills a run and starts it again. No data and no weights are needed. Each part runs in a process of its
 own; one that fails is reported, and the rest goes on. A host with a GPU or a TPU takes less than eight minutes.
 
---output=FOLDER gets acceptance.json, all figures, and acceptance.md, the table that is printed, too. --quick does
-everything at sizes that a CPU works through in a minute or two; its times say nothing of a machine.
+--output=FOLDER gets acceptance.json, all figures, and acceptance.md, the table that is printed, too. Until then
+finished parts lie in unfinished.json there, and the same command goes on where it was stopped. --quick does everything
+at small sizes, a few minutes on two cores of a CPU; its times say nothing of a machine.
 
-Exit codes: 0 all is right, 1 a part failed or a result is wrong (the table says which), 2 bad input.
+Exit codes: 0 all is right, 1 a part failed or a result is wrong (the table says which), 2 bad input, 75 SIGTERM and
+130 Ctrl-C: finished parts are kept, start it again.
 
 Examples:
 
@@ -37,7 +39,7 @@ FLAGS = flags.FLAGS
 EXIT_WRONG = 1
 
 cli.path_flag("output", None, "Folder for acceptance.json and acceptance.md.", required=True)
-flags.DEFINE_bool("quick", False, "Small sizes, for a CPU.")
+flags.DEFINE_bool("quick", False, "Small sizes, for a CPU: a few minutes on two cores.")
 flags.DEFINE_list("parts", list(acceptance.PARTS), f"What to do, of {', '.join(acceptance.PARTS)}.")
 cli.whole_flag("part_seconds", 600, "A part that takes longer is ended, and has failed.", 1, 86_400)
 flags.DEFINE_bool("overwrite", False, "Replace what an earlier run left in --output.")
@@ -68,15 +70,19 @@ def main() -> int:
         raise UserError(f"--parts={','.join(unknown)} is unknown; allowed: {', '.join(acceptance.PARTS)}")
     parts = [part for part in acceptance.PARTS if part in FLAGS.parts]
     settings = acceptance.Settings(FLAGS.quick, recipes(FLAGS.quick), str(ROOT))
-    results = acceptance.accept(settings, parts, FLAGS.part_seconds, say)
-    table = acceptance.table(results)
-    print(table, end="")
-    output.mkdir(parents=True, exist_ok=True)
-    figures = json.dumps(results, indent=2) + "\n"
-    files.write_results({
-        output / acceptance.JSON: lambda path: files.write_text(path, figures),
-        output / acceptance.TABLE: lambda path: files.write_text(path, table),
-    })  # fmt: skip
+    unfinished = acceptance.Unfinished(output, settings, parts)
+    with files.locked_output(output / acceptance.JSON, "choose another --output"):
+        kept = unfinished.read(FLAGS.overwrite)
+        with cli.ends_when_told("finished parts are kept"):
+            results = acceptance.accept(settings, parts, FLAGS.part_seconds, say, kept, unfinished.write)
+        table = acceptance.table(results)
+        print(table, end="")
+        figures = json.dumps(results, indent=2) + "\n"
+        files.write_results({
+            output / acceptance.JSON: lambda path: files.write_text(path, figures),
+            output / acceptance.TABLE: lambda path: files.write_text(path, table),
+        })  # fmt: skip
+        unfinished.remove()
     wrong = [name for name, result in results.items() if not acceptance.passed(result)]
     say(f"not right: {', '.join(wrong)}" if wrong else f"all is right; {output} has the figures")
     return EXIT_WRONG if wrong else 0

@@ -6,26 +6,29 @@ to one process at a time, and JAX reserves a GPU's memory), and one that fails t
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import json
 import multiprocessing
 import os
+import platform
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sra_jax import files
+from sra_jax import files, remote
 from sra_jax.errors import UserError
 
 Result = dict[str, Any]
 """Of a part: "rows", its lines of the table, each {"what", "measured", "passed"}, passed None where nothing is judged;
 figures; "seconds"; "failed" in place of the rows where it could not be done."""
 
-JSON, TABLE = "acceptance.json", "acceptance.md"
+JSON, TABLE, UNFINISHED = "acceptance.json", "acceptance.md", "unfinished.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,9 +67,60 @@ PARTS: Mapping[str, str] = {
 """Name -> what is done, in order; each is the function `measure_NAME` of sra_jax/benchmarks/acceptance_parts.py."""
 
 
+class Unfinished:
+    """The finished parts of a run that is not at its end, as a file in its folder: the same command goes on there.
+
+    Args:
+      output: the folder.
+      settings: of the run.
+      parts: that it does.
+    """
+
+    def __init__(self, output: Path, settings: Settings, parts: Sequence[str]):
+        self._path = output / UNFINISHED
+        self._made: dict[str, Any] = {
+            "quick": settings.quick, "recipes": dict(settings.recipes), "parts": list(parts), "host": platform.node(),
+            "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")},
+        }  # fmt: skip
+
+    def read(self, overwrite: bool) -> dict[str, Result]:
+        """The results so far; none where there is no file, or one of another run and it may be replaced.
+
+        Raises:
+          UserError: the file is of another run and may not be replaced, or is none of a run.
+        """
+        if not files.exists(self._path):
+            return {}
+        try:
+            kept = json.loads(files.read_text(self._path))
+            results, made = dict(kept["results"]), dict(kept["made"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self._path} holds no parts of an acceptance run: move it away") from error
+        changed = [name for name in self._made if made.get(name) != self._made[name]]
+        if not changed:
+            return results
+        if overwrite:
+            return {}
+        raise UserError(
+            f"{self._path} holds parts of a run with other {', '.join(changed)}: start that one again, give another "
+            "--output, or --overwrite to replace it"
+        )
+
+    def write(self, results: Mapping[str, Result]) -> None:
+        """Keep what is finished; a part that failed is done again."""
+        kept = {name: result for name, result in results.items() if "failed" not in result}
+        files.write_text(self._path, json.dumps({"made": self._made, "results": kept}, indent=2) + "\n")
+
+    def remove(self) -> None:
+        """All is finished."""
+        if files.exists(self._path):
+            remote.path(self._path).unlink()
+
+
 def accept(
-    settings: Settings, parts: Sequence[str], limit: float, say: Callable[[str], None]
-) -> dict[str, Result]:
+    settings: Settings, parts: Sequence[str], limit: float, say: Callable[[str], None],
+    kept: Mapping[str, Result] | None = None, keep: Callable[[Mapping[str, Result]], None] = lambda _: None,
+) -> dict[str, Result]:  # fmt: skip
     """Run the parts in turn.
 
     Args:
@@ -74,6 +128,8 @@ def accept(
       parts: keys of `PARTS`.
       limit: seconds that a part may take; one that takes longer is ended and has failed.
       say: takes a line as each part begins and ends.
+      kept: results of parts that need not be done again.
+      keep: takes the results so far after each part.
 
     Returns:
       Name -> its result.
@@ -81,13 +137,18 @@ def accept(
     results: dict[str, Result] = {}
     with _compiled_once():
         for number, name in enumerate(parts, 1):
-            say(f"[{number}/{len(parts)}] {name}: {PARTS[name]}")
-            start = time.monotonic()
-            results[name] = _in_process(name, settings, limit)
-            results[name]["seconds"] = round(time.monotonic() - start, 1)
+            if kept and name in kept:
+                results[name] = kept[name]
+                say(f"[{number}/{len(parts)}] {name}: was {_outcome(results[name])} before")
+            else:
+                say(f"[{number}/{len(parts)}] {name}: {PARTS[name]}")
+                start = time.monotonic()
+                results[name] = _in_process(name, settings, limit)
+                results[name]["seconds"] = round(time.monotonic() - start, 1)
+                say(f"[{number}/{len(parts)}] {name}: {_outcome(results[name])} ({results[name]['seconds']} s)")
+                keep(results)
             if found := results[name].get("batches"):
                 settings = dataclasses.replace(settings, batches=found)
-            say(f"[{number}/{len(parts)}] {name}: {_outcome(results[name])} ({results[name]['seconds']} s)")
     return results
 
 
@@ -138,7 +199,8 @@ def _end(process: multiprocessing.process.BaseProcess) -> None:
 
 def _part(name: str, settings: Settings, path: str) -> None:
     """In the part's process: its result, or why there is none, as a file."""
-    os.setpgrp()
+    os.setpgrp()  # the terminal's Ctrl-C is for the parent, which ends this process and all that it started
+    threading.Thread(target=_end_with_parent, name="end with parent", daemon=True).start()
     result: Result
     try:
         from sra_jax.benchmarks import acceptance_parts
@@ -151,6 +213,14 @@ def _part(name: str, settings: Settings, path: str) -> None:
         lines = str(error).strip().splitlines() or [""]
         result = {"failed": f"{type(error).__name__}: {lines[0][:300]}"}
     files.write_text(Path(path), json.dumps(result))
+
+
+def _end_with_parent() -> None:
+    """However the parent ends, no part outlives it."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.killpg(0, signal.SIGKILL)
 
 
 def passed(result: Result) -> bool:

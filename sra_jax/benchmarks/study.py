@@ -8,15 +8,12 @@
 A cell is one process's at a time. What is finished is never made again, also where its run's folder is gone.
 """
 
-import contextlib
 import dataclasses
 import itertools
 import json
 import math
 import re
-import signal
 import sys
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,11 +21,11 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from sra_jax import cli, files
 from sra_jax import config as config_lib
-from sra_jax import files
 from sra_jax.benchmarks import study_points, study_report
 from sra_jax.benchmarks.study_points import Instruments, Protocol, waited_for
-from sra_jax.errors import Busy, Preempted, UserError
+from sra_jax.errors import Busy, UserError
 from sra_jax.runs import environment, metrics
 from sra_jax.training.loop import train
 
@@ -291,7 +288,7 @@ class Study:
         print(f"cell {cell.name}: {len(self._cells) - len(self.missing())} of {len(self._cells)} are finished")
         config, workdir = self._configs[cell], self._output / "runs" / cell.name
         train(config, workdir)
-        with _ends_when_told():
+        with cli.ends_when_told("the run is saved, and part of its samples"):
             points = [
                 study_points.measured_at(workdir, step, self.protocol, self._instruments)
                 for step in self._recipe.measured
@@ -335,20 +332,3 @@ def flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from flat(value, f"{prefix}{key}.")
     else:
         yield prefix.removesuffix("."), values
-
-
-@contextlib.contextmanager
-def _ends_when_told() -> Iterator[None]:
-    """SIGTERM ends what runs in the block as it ends a training run: with the exit code 75."""
-
-    def end(*_: Any) -> None:
-        raise Preempted("told to make room: the run is saved, and part of its samples; start the same command again")
-
-    if threading.current_thread() is not threading.main_thread():  # Python allows it nowhere else
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -2,16 +2,20 @@
 
 import json
 import multiprocessing
+import signal
 import time
+from pathlib import Path
 
 import pytest
 
 from configs import sit_b2
 from sra_jax import config as config_lib
 from sra_jax.benchmarks import acceptance
-from sra_jax.benchmarks.acceptance import Settings, accept, passed, row, table
+from sra_jax.benchmarks.acceptance import Settings, Unfinished, accept, passed, row, table
+from sra_jax.errors import UserError
 from tests.conftest import run
 from tests.in_process import call
+from tests.running import start
 
 
 @pytest.mark.slow
@@ -89,6 +93,84 @@ def test_a_part_that_takes_too_long_is_ended():
     assert results["machine"]["failed"] == "took longer than 0 s; give it more by --part_seconds"
     assert time.monotonic() - start < 10
     assert not multiprocessing.active_children()
+
+
+def below(pid):
+    """Processes that a process started, and those that they started."""
+    found = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return found + [each for child in found for each in below(child)]
+
+
+def lives(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_told_to_end_it_leaves_no_process_and_goes_on_where_it_was(number, code, tmp_path):
+    """A part whose process runs main.py in another is stopped; the part before it is not done again."""
+    flags = ("--quick", f"--output={tmp_path}", "--parts=machine,resume")
+    running = start("tools/accept.py", *flags, fresh=True)
+    started = set()
+
+    def two_generations():
+        assert running.poll() is None
+        started.update(below(running.pid))
+        return any("main.py" in Path(f"/proc/{pid}/cmdline").read_text() for pid in started if lives(pid))
+
+    wait_for(two_generations)
+    running.send_signal(number)
+    _, errors = running.communicate(timeout=60)
+    assert running.returncode == code
+    wait_for(lambda: not any(lives(pid) for pid in started))
+    said = {75: "told to make room: finished parts are kept; start the same command again", -9: "",
+            130: "interrupted: finished parts are kept; the same command goes on from there"}[code]  # fmt: skip
+    assert said in errors
+    assert "Traceback" not in errors
+    assert [path.name for path in tmp_path.glob("*.json")] == [acceptance.UNFINISHED]
+    kept = json.loads((tmp_path / acceptance.UNFINISHED).read_text())["results"]
+    assert list(kept) == ["machine"]
+    refused = call("accept", *flags[:2], "--parts=machine", code=2)
+    assert "holds parts of a run with other parts" in refused.stderr
+    if number == signal.SIGTERM:
+        done = call("accept", *flags)
+        assert "[1/2] machine: was done before" in done.stderr
+        results = json.loads((tmp_path / acceptance.JSON).read_text())
+        assert results["machine"] == kept["machine"]
+        assert results["resume"]["bit_for_bit"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == [acceptance.JSON, acceptance.TABLE]
+
+
+def test_finished_parts_are_kept_and_used_by_the_same_run_only(tmp_path):
+    done = {"rows": [row("a", "1")], "batches": {"tiny": 4}, "seconds": 1.0}
+    unfinished = Unfinished(tmp_path, QUICK, ("machine", "train_step"))
+    assert unfinished.read(False) == {}
+    unfinished.write({"machine": {"failed": "a reason", "seconds": 2.0}, "train_step": done})
+    assert unfinished.read(False) == unfinished.read(True) == {"train_step": done}
+    other = Unfinished(tmp_path, Settings(quick=False, recipes={}, root="."), ("machine",))
+    with pytest.raises(UserError, match="holds parts of a run with other quick, recipes, parts"):
+        other.read(False)
+    assert other.read(True) == {}
+    lines, kept = [], []
+    results = accept(QUICK, ("train_step", "equality"), 300, lines.append, unfinished.read(False), kept.append)
+    assert results["train_step"] == done
+    assert lines[0] == "[1/2] train_step: was done before"
+    assert kept == [results]
+    unfinished.remove()
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / acceptance.UNFINISHED).write_text("[]")
+    with pytest.raises(UserError, match="holds no parts of an acceptance run"):
+        unfinished.read(True)
 
 
 def test_a_wrong_result_is_told_from_a_right_one_and_from_none():
