@@ -89,6 +89,8 @@ def _train(
     try:
         finished = max(checkpoints.steps(), default=0) >= steps
         memory = None if finished else memory_of(config)
+        if jax.process_index() == 0 and not finished:
+            wandb_log.check_account(config.log.wandb)
         aside = None
         if memory:  # before anything is compiled: these find out which weights or images are missing
             latent_means.keep(config, dataset, workdir)
