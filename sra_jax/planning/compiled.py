@@ -16,6 +16,12 @@ BYTES = {
     "f16": 2, "bf16": 2, "f32": 4, "f64": 8, "c64": 8, "c128": 16, "f8e4m3fn": 1, "f8e5m2": 1,
 }  # fmt: skip
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+TRANSFERS = {
+    "ALL_REDUCE": "all-reduce", "ALL_GATHER": "all-gather", "REDUCE_SCATTER": "reduce-scatter",
+    "ALL_TO_ALL": "all-to-all", "ONE_TO_ONE": "collective-permute",
+}  # fmt: skip
+"""What libtpu calls collectives between slices, which it writes as a `send` and a `recv` of each device."""
+
 FREE = frozenset({
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
     "copy-done", "opt-barrier",
@@ -117,22 +123,21 @@ class Program:
         for computation in self.computations.values():
             yield from computation.values()
 
-    def cost(self, slice_size: int | None = None) -> Cost:
+    def cost(self, slices: int = 1) -> Cost:
         """Operations, traffic and collectives of one run.
 
         Args:
-          slice_size: devices of a slice, where there are several slices.
+          slices: on which the devices lie.
         """
         cost = Cost()
-        chained: dict[str, tuple[str, float, str]] = {}
-        self._add(self.entry, 1, cost, chained, slice_size)
-        for found in chained.values():
-            _count_sent(cost, *found, slice_size)
+        chained: dict[str, tuple[str, float]] = {}
+        self._add(self.entry, 1, cost, chained, slices)
+        for kind, size in chained.values():
+            cost.sent[kind] += size
         return cost
 
     def _add(
-        self, computation: str, runs: int, cost: Cost, chained: dict[str, tuple[str, float, str]],
-        slice_size: int | None,
+        self, computation: str, runs: int, cost: Cost, chained: dict[str, tuple[str, float]], slices: int
     ) -> None:
         body = self.computations[computation]
         for instruction in body.values():
@@ -140,21 +145,21 @@ class Program:
             if opcode == "while":
                 trips = self.trip_count(instruction, body)
                 cost.unknown_loops += trips is None
-                self._add(instruction.needed("body"), runs * (trips or 1), cost, chained, slice_size)
+                self._add(instruction.needed("body"), runs * (trips or 1), cost, chained, slices)
             elif opcode == "conditional":
                 for branch in _branches(instruction)[:1]:
-                    self._add(branch, runs, cost, chained, slice_size)
+                    self._add(branch, runs, cost, chained, slices)
             elif opcode == "call":
-                self._add(instruction.needed("to_apply"), runs, cost, chained, slice_size)
+                self._add(instruction.needed("to_apply"), runs, cost, chained, slices)
             elif opcode not in FREE:
                 flops = self._flops(instruction, body)
                 cost.flops += runs * flops
                 cost.kernels.append((runs * flops, runs * self._traffic(instruction, body)))
-                self._add_collectives(instruction, body, runs, cost, chained, slice_size)
+                self._add_collectives(instruction, body, runs, cost, chained, slices)
 
     def _add_collectives(
         self, instruction: Instruction, body: Mapping[str, Instruction], runs: int, cost: Cost,
-        chained: dict[str, tuple[str, float, str]], slice_size: int | None,
+        chained: dict[str, tuple[str, float]], slices: int,
     ) -> None:
         kind = instruction.opcode.removesuffix("-start")
         if kind in COLLECTIVES:
@@ -164,12 +169,17 @@ class Program:
             if "chain_id" in instruction.rest:
                 # TPU programs cut a collective into pieces that run inside several kernels; each piece shows the whole.
                 key = f"{instruction.attribute('channel_id')}"
-                chained[key] = max(chained.get(key, (kind, 0.0, "")), (kind, size, instruction.rest))
+                chained[key] = max(chained.get(key, (kind, 0.0)), (kind, size))
             else:
-                _count_sent(cost, kind, size, instruction.rest, slice_size)
+                cost.sent[kind] += size
+        elif found := re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.rest) if kind == "send" else None:
+            kind = TRANSFERS.get(found[1], found[1])
+            size = runs * _by_ring(kind, sum(a.bytes for n in instruction.operands for a in body[n].arrays), slices)
+            cost.sent[kind] += size
+            cost.crossing[kind] += size
         elif inner := self._inner(instruction):
             for part in inner.values():
-                self._add_collectives(part, inner, runs, cost, chained, slice_size)
+                self._add_collectives(part, inner, runs, cost, chained, slices)
 
     def _inner(self, instruction: Instruction) -> Mapping[str, Instruction] | None:
         if instruction.opcode in ("fusion", "async-start"):
@@ -190,7 +200,8 @@ class Program:
 
     def _traffic(self, instruction: Instruction, body: Mapping[str, Instruction]) -> float:
         """Bytes that one kernel reads and writes; of an array that is sliced or updated in place, the slice alone."""
-        if instruction.opcode.endswith("-done") or instruction.opcode.removesuffix("-start") in COLLECTIVES:
+        moves = (*COLLECTIVES, "send", "recv")
+        if instruction.opcode.endswith("-done") or instruction.opcode.removesuffix("-start") in moves:
             return 0.0
         if instruction.opcode in ("dynamic-slice", "slice"):
             return 2 * _size(instruction.arrays)
@@ -344,18 +355,17 @@ def _is_sliced(instruction: Instruction, body: Mapping[str, Instruction]) -> boo
     return root.opcode == "dynamic-slice" and root.operands[0] == instruction.name
 
 
-def _count_sent(cost: Cost, kind: str, size: float, attributes: str, slice_size: int | None) -> None:
-    cost.sent[kind] += size
-    if slice_size and size:
-        cost.crossing[kind] += crossing(kind, size, attributes, slice_size)
-
-
 def _sent(kind: str, instruction: Instruction, body: Mapping[str, Instruction]) -> float:
     """Bytes that a device sends in one collective by a ring algorithm."""
     size = sum(array.bytes for name in instruction.operands if name in body for array in body[name].arrays)
+    return _by_ring(kind, size, 1 if kind == "collective-permute" else group_size(instruction.rest))
+
+
+def _by_ring(kind: str, size: float, members: int) -> float:
+    """Bytes that one of so many members sends in a collective, each giving `size` bytes."""
     if kind == "collective-permute":
         return size
-    others = max(group_size(instruction.rest) - 1, 0)
+    others = max(members - 1, 0)
     share = others / (others + 1)
     return {"all-gather": size * others, "all-reduce": 2 * size * share}.get(kind, size * share)
 
@@ -392,30 +402,6 @@ def _iota(text: str) -> np.ndarray:
     shape, _, order = text.partition("T")
     numbers = np.arange(math.prod(sides := [int(n) for n in re.findall(r"\d+", shape)])).reshape(sides)
     return numbers.transpose([int(n) for n in re.findall(r"\d+", order)]) if order else numbers
-
-
-def crossing(kind: str, sent: float, attributes: str, slice_size: int) -> float:
-    """Bytes of a collective that a device sends to other slices, of `sent` in all.
-
-    Groups that span slices are taken to work within their slice first, so that its members share what crosses.
-
-    Args:
-      kind: of `COLLECTIVES`.
-      sent: as `Cost.sent` counts it.
-      attributes: the instruction's.
-      slice_size: devices of a slice, which are neighbours in the mesh's order.
-    """
-    members = groups(attributes)
-    of_slice = members // slice_size
-    if kind == "collective-permute":
-        return sent * float(np.mean(of_slice[:, 0] != of_slice[:, 1]))
-    slices = len(np.unique(of_slice[0]))
-    size = members.shape[1]
-    if slices == 1:
-        return 0.0
-    if kind == "all-gather":  # every device's part comes into every other slice once
-        return sent / (size - 1) * (slices - 1)
-    return sent * size / (size - 1) * (slices - 1) / size
 
 
 def _source(body: Mapping[str, Instruction], instruction: Instruction) -> Instruction:

@@ -151,10 +151,9 @@ def _measure(lowered: jax.stages.Lowered, wanted: Slice) -> Report:
         peak = fitting.refused_bytes(error)  # raises any other
         return {"fits": False, "peak_bytes": peak, "refused": str(error).strip().splitlines()[0][:300]}
     parts = fitting.memory_parts(program)
-    slices = wanted.size // wanted.count if wanted.count > 1 else None
-    cost = compiled.Program(program.as_text() or "").cost(slices)
+    cost = compiled.Program(program.as_text() or "").cost(wanted.count)
     kernels = cost.kernel_seconds(chip.peak_flops, chip.memory_bandwidth)
-    links = sum(cost.sent.values()) / chip.link_bandwidth
+    links = (sum(cost.sent.values()) - sum(cost.crossing.values())) / chip.link_bandwidth
     return {
         "memory_bytes": parts,
         "peak_bytes": sum(parts.values()),
@@ -162,7 +161,7 @@ def _measure(lowered: jax.stages.Lowered, wanted: Slice) -> Report:
         "flops": cost.flops,
         "memory_traffic_bytes": cost.memory_bytes,
         "sent_bytes": dict(cost.sent),
-        **({"sent_to_other_slices_bytes": dict(cost.crossing)} if slices else {}),
+        **({"sent_to_other_slices_bytes": dict(cost.crossing)} if wanted.count > 1 else {}),
         "unknown_loops": cost.unknown_loops,
         "step_seconds": {
             "arithmetic": cost.flops / chip.peak_flops, "kernels": kernels, "links": links,

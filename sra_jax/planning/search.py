@@ -66,7 +66,7 @@ class Search:
     def _meshes(self) -> list[dict[str, int]]:
         """Meshes that the batch and the network's width can be split over, from the least to the most split state."""
         size = self._wanted.size
-        sizes = fitting.splits(self._config, size)
+        sizes = fitting.splits(self._config, size // self._wanted.count)
         meshes = [{"mesh.data": size // fsdp, "mesh.fsdp": fsdp, "mesh.model": 1} for fsdp in sizes]
         return [mesh for mesh in meshes if self._possible(mesh | {"accumulation": 1})]
 
@@ -119,7 +119,8 @@ def begun(config: ConfigDict, wanted: Slice) -> ConfigDict:
     if not fitting.is_open(config):
         return config
     bare = without_data(config)
-    settings = fitting.candidates(bare, wanted.size, wanted.usable_bytes, fitting.whole_state(bare))
+    state = fitting.whole_state(bare)
+    settings = fitting.candidates(bare, wanted.size, wanted.usable_bytes, state, wanted.count)
     return with_settings(config, next(settings, {}))
 
 
@@ -144,7 +145,8 @@ def chosen(
     if not fitting.is_open(config):
         return compile_one(config)
     try:
-        return fitting.choose(config, wanted.size, wanted.usable_bytes, attempt, say)[1].result
+        found = fitting.choose(config, wanted.size, wanted.usable_bytes, attempt, say, slices=wanted.count)
+        return found[1].result
     except UserError as error:
         if not tried:
             config_lib.check(cheapest(config), wanted.size)  # why no setting could be tried

@@ -98,7 +98,7 @@ def whole_state(config: ConfigDict) -> int:
     return copies * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
 
 
-def candidates(config: ConfigDict, devices: int, memory: int, state: int) -> Iterator[Settings]:
+def candidates(config: ConfigDict, devices: int, memory: int, state: int, slices: int = 1) -> Iterator[Settings]:
     """Settings of what the config leaves open, in the order in which they are tried.
 
     The state is split over the fewest devices with which it takes a third of the memory, then over more; before the
@@ -109,11 +109,12 @@ def candidates(config: ConfigDict, devices: int, memory: int, state: int) -> Ite
       devices: of all processes.
       memory: bytes of one device.
       state: as `whole_state` counts it.
+      slices: on which the devices lie; the state is split within one.
     """
     given = cheapest(config)
     meshes = [config_lib.mesh_shape(given, devices)["fsdp"]]
     if _mesh_is_open(config):
-        sizes = splits(config, devices // max(1, config.mesh.model))
+        sizes = splits(config, devices // slices // max(1, config.mesh.model))
         meshes = [size for size in sizes if state / size <= memory * SHARE] or sizes[-1:]
     remats = REMAT if config.model.remat == config_lib.AUTO else (given.model.remat,)
     parts = PARTS if config.accumulation == 0 else (given.accumulation,)
@@ -127,7 +128,7 @@ def candidates(config: ConfigDict, devices: int, memory: int, state: int) -> Ite
 
 
 def splits(config: ConfigDict, devices: int) -> list[int]:
-    """Over how many of the devices the state may be split, in ascending order."""
+    """Over how many of the devices of a slice the state may be split, in ascending order."""
     return sorted({size for size in (*SIZES, devices) if devices % size == 0 and config.model.width % size == 0})
 
 
@@ -142,7 +143,7 @@ def possible(config: ConfigDict, devices: int) -> bool:
 
 def choose(
     config: ConfigDict, devices: int, memory: int, attempt: Callable[[ConfigDict], Attempt],
-    say: Callable[[str], None], below: int | None = None,
+    say: Callable[[str], None], below: int | None = None, slices: int = 1,
 ) -> tuple[ConfigDict, Attempt]:
     """The first setting that the compiler fits into the memory.
 
@@ -156,6 +157,7 @@ def choose(
       attempt: compiles a config.
       say: takes a line about each setting that does not fit, and about what was chosen and why.
       below: settings that need as many bytes or more do not fit either.
+      slices: on which the devices lie.
 
     Returns:
       The config with nothing left open, and the attempt.
@@ -167,7 +169,7 @@ def choose(
     state = whole_state(config)
     refused: list[tuple[Settings, int]] = []
     nearest: tuple[float, str] = (math.inf, "")
-    for settings in candidates(config, devices, memory, state):
+    for settings in candidates(config, devices, memory, state, slices):
         if refused and _least(settings, refused, state) > limit:  # the compiler itself refuses the first
             continue
         wanted = with_settings(config, settings)

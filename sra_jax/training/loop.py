@@ -150,7 +150,9 @@ def fitted(
             raise UserError(_what_fits(config, dataset, steps, memory, found.peak))
         return config, *found.result
     say("compiling the step, to see what fits")
-    chosen, found = fitting.choose(config, jax.device_count(), memory, attempt, say)
+    chosen, found = fitting.choose(
+        config, jax.device_count(), memory, attempt, say, slices=sharding.slice_count()
+    )  # fmt: skip
     return chosen, *found.result
 
 
@@ -175,8 +177,9 @@ def _what_fits(config: ConfigDict, dataset: Dataset, steps: int, memory: int, pe
     there = f"out of memory: {needs}, of {fitting.gigabytes(memory)}"
     try:
         chosen, found = fitting.choose(
-            fitting.opened(config), jax.device_count(), memory, _attempt(dataset, steps, memory), _silent, below=peak
-        )
+            fitting.opened(config), jax.device_count(), memory, _attempt(dataset, steps, memory), _silent, below=peak,
+            slices=sharding.slice_count(),
+        )  # fmt: skip
     except UserError as error:
         return f"{there}; {error}"
     settings = {key: fitting.value(chosen, key) for key in fitting.KEYS}

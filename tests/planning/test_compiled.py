@@ -14,7 +14,7 @@ from configs import digits
 from sra_jax import config as config_lib
 from sra_jax.data import registry
 from sra_jax.distributed import sharding
-from sra_jax.planning.compiled import Program, crossing, group_size, groups
+from sra_jax.planning.compiled import Program, group_size, groups
 from sra_jax.training import program as program_lib
 from sra_jax.training.step import SAMPLED_TOKENS
 
@@ -140,15 +140,35 @@ def test_who_takes_part(text, expected):
     assert groups(text).tolist() == expected
 
 
-def test_what_crosses_slices():
-    """Two slices of four: a sum over all devices sends half of its bytes, shared by the four; one within sends none."""
-    across, within = "replica_groups=[1,8]<=[8]", "replica_groups=[2,4]<=[8]"
-    size = 800.0
-    assert crossing("all-reduce", 2 * size * 7 / 8, across, 4) == pytest.approx(2 * size / 8)
-    assert crossing("reduce-scatter", size * 7 / 8, across, 4) == pytest.approx(size / 8)
-    assert crossing("all-gather", size * 7, across, 4) == pytest.approx(size)
-    assert crossing("all-reduce", size, within, 4) == 0
-    assert crossing("collective-permute", size, "source_target_pairs={{3,4},{0,1}}", 4) == size / 2
+BETWEEN_SLICES = """HloModule step
+
+ENTRY %main (p.1: f32[4,8], p.2: bf16[16]) -> f32[4,8] {
+  %p.1 = f32[4,8]{1,0} parameter(0)
+  %p.2 = bf16[16]{0} parameter(1)
+  %token.1 = token[] after-all()
+  %send.1 = (f32[4,8]{1,0}, u32[], token[]) send(%p.1, %token.1), channel_id=2, is_host_transfer=true, \
+frontend_attributes={_xla_megascale_reduce_operation="SUM",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv.1 = (f32[4,8]{1,0}, u32[], token[]) recv(%token.1), channel_id=1, is_host_transfer=true, \
+frontend_attributes={_xla_megascale_reduce_operation="SUM",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %send.2 = (bf16[16]{0}, u32[], token[]) send(%p.2, %token.1), channel_id=4, is_host_transfer=true, \
+frontend_attributes={_xla_megascale_transfer_type="ALL_GATHER"}
+  %done.1 = token[] send-done(%send.1), channel_id=2, is_host_transfer=true
+  %within.1 = f32[4,8]{1,0} all-reduce(%p.1), replica_groups=[2,4]<=[8], to_apply=%add
+  %done.2 = (f32[4,8]{1,0}, token[]) recv-done(%recv.1), channel_id=1, is_host_transfer=true
+  ROOT %result = f32[4,8]{1,0} get-tuple-element(%done.2), index=0
+}
+"""
+
+
+@pytest.mark.parametrize("slices", [2, 4])
+def test_what_crosses_slices(slices):
+    """TPU programs write it as sends between hosts; a sum within a slice stays there."""
+    cost = Program(BETWEEN_SLICES).cost(slices)
+    size = 4 * 8 * 4
+    assert cost.crossing == {"all-reduce": 2 * size * (slices - 1) / slices, "all-gather": 32 * (slices - 1)}
+    assert cost.sent["all-gather"] == cost.crossing["all-gather"]
+    assert cost.sent["all-reduce"] - cost.crossing["all-reduce"] == 2 * size * 3 / 4
+    assert cost.memory_bytes == 0
 
 
 BATCH, WIDTH, DEPTH = 64, 64, 5

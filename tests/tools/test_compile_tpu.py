@@ -68,6 +68,22 @@ def test_search_leaves_out_what_cannot_be_faster(tmp_path):
 
 
 @needs_libtpu
+def test_over_two_slices_the_sums_of_gradients_cross_once(tmp_path):
+    """Each device sends its part of the gradients once, in bfloat16 as they are made, and little else."""
+    path = tmp_path / "report.json"
+    flags = (*SMALL, "--config.model.width=256", "--topology=v5e:2x2", "--slices=2", f"--json={path}")
+    done = run("tools/compile_tpu.py", *flags, "--config.mesh.fsdp=4")
+    report = json.loads(path.read_text())
+    assert (report["topology"], report["mesh"]) == ("2 x v5e:2x2", {"data": 2, "fsdp": 4, "model": 1})
+    crossing = sum(report["sent_to_other_slices_bytes"].values())
+    assert crossing == pytest.approx(report["state_bytes"]["params"] / 2, rel=0.1)
+    assert crossing < sum(report["sent_bytes"].values()) / 2
+    assert "over the network between them, which the times leave out" in done.stdout
+    refused = run("tools/compile_tpu.py", *flags, "--config.mesh.fsdp=8", code=2)
+    assert "mesh.data=1 cannot be divided among 2 slices" in refused.stderr
+
+
+@needs_libtpu
 def test_implementations_of_attention_side_by_side(tmp_path):
     """256 tokens, heads of 16: the fused kernel has the same arithmetic and less traffic, and no one is told apart by
     memory that it does not have."""

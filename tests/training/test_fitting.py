@@ -38,6 +38,13 @@ def test_the_state_takes_a_third_of_the_memory():
         assert first == {"mesh.fsdp": fsdp, "model.remat": "dots", "accumulation": 1}
 
 
+def test_the_state_is_split_within_a_slice():
+    config = sit_xl2.get_config()
+    for slices, most in ((1, 64), (4, 16), (64, 1)):
+        found = list(fitting.candidates(config, 64, GB, 0, slices))
+        assert max(settings["mesh.fsdp"] for settings in found) == most
+
+
 def test_mesh_then_remat_then_accumulation():
     config = sit_xl2_512.get_config()
     state = fitting.whole_state(config)
