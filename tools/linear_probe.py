@@ -101,11 +101,14 @@ def probe_all(output: pathlib.Path, names: list[str], models: list[TrainedModel]
     records = []
     for name, workdir, model in zip(names, FLAGS.workdir, models, strict=True):
         accuracy = probe_one(model, remote.path(workdir), settings)
-        records.append({"name": name, "workdir": workdir, "step": model.step, "accuracy": accuracy.tolist()})
+        records.append({
+            "name": name, "workdir": workdir, "step": model.step, "weights": model.weights,
+            "accuracy": accuracy.tolist(),
+        })  # fmt: skip
         level, block = np.unravel_index(accuracy.argmax(), accuracy.shape)
         print(
-            f"{name} ({workdir}, step {model.step}): best {accuracy.max():.2%} after block {settings.blocks[block]} at "
-            f"noise level {settings.levels[level]:g}"
+            f"{name} ({workdir}, step {model.step}, {model.weights}): best {accuracy.max():.2%} after block "
+            f"{settings.blocks[block]} at noise level {settings.levels[level]:g}"
         )
     write(output, records, settings)
 
@@ -131,7 +134,7 @@ def write(output: pathlib.Path, records: list[dict], settings: Settings) -> None
     """The three files."""
     result = {
         "blocks": settings.blocks, "levels": settings.levels, "condition": settings.condition,
-        "weights": FLAGS.weights, "epochs": FLAGS.epochs, "seed": FLAGS.seed, "runs": records,
+        "epochs": FLAGS.epochs, "seed": FLAGS.seed, "runs": records,
     }  # fmt: skip
     table = io.StringIO()
     rows = csv.writer(table, lineterminator="\n")

@@ -1,7 +1,6 @@
 """What can be checked of a config before any work, without touching data or devices."""
 
 import difflib
-from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -32,6 +31,7 @@ from sra_jax.config.profiles import TEACHER, profile
 from sra_jax.diffusion.process import Process
 from sra_jax.diffusion.registry import PROCESSES, SAMPLERS, process_defaults
 from sra_jax.errors import UserError
+from sra_jax.methods.method import check_choice
 from sra_jax.methods.registry import names_of
 from sra_jax.models import attention
 from sra_jax.models.mmdit import INITIALISATIONS
@@ -68,22 +68,17 @@ def check(config: ConfigDict, device_count: int = 1, platform: str | None = None
     _check_sampling(config, process)
 
 
-def _choice(key: str, value: Any, allowed: Any) -> None:
-    if value not in allowed:
-        raise UserError(f"{key}={value!r} is unknown; allowed: {', '.join(map(str, allowed))}")
-
-
 def _check_keys(config: ConfigDict) -> None:
     """Exactly the keys that are read: those of `default()` with the family's own."""
-    _choice("process.name", config.process.name, PROCESSES)
+    check_choice("process.name", config.process.name, PROCESSES)
     expected = default()
     expected.process = ConfigDict({"name": config.process.name, **process_defaults(config.process.name)})
-    _choice("sampling.sampler", config.sampling.sampler, SAMPLERS)
+    check_choice("sampling.sampler", config.sampling.sampler, SAMPLERS)
     for sampler in SAMPLERS.values():
         if sampler.process == config.process.name:
             expected.sampling.update(sampler.options)
     names_of(config.method.name)  # raises
-    _choice("model.name", config.model.name, ("transformer", "mmdit"))
+    check_choice("model.name", config.model.name, ("transformer", "mmdit"))
     if tells_captions(config):
         tell_captions(expected)
     given, known = dict(flatten(config)), dict(flatten(expected))
@@ -112,7 +107,7 @@ def _check_training(config: ConfigDict, device_count: int) -> None:
             f"the run's length is given by {' and '.join(given) or 'nothing'}: set exactly one of steps, epochs, "
             "examples and leave the others at 0"
         )
-    _choice("dtype", config.dtype, DTYPES)
+    check_choice("dtype", config.dtype, DTYPES)
     parts = accumulation_of(config)
     micro, rest = divmod(config.batch_size, parts)
     if rest:
@@ -147,7 +142,7 @@ def _check_split(config: ConfigDict, shape: dict[str, int]) -> None:
 
 def _check_model(config: ConfigDict) -> None:
     model, data = config.model, config.data
-    _choice("model.remat", model.remat, (*REMAT_POLICIES, AUTO))
+    check_choice("model.remat", model.remat, (*REMAT_POLICIES, AUTO))
     if tells_captions(config):
         _check_captions(config)
     elif not data.num_classes:
@@ -171,8 +166,8 @@ def _check_model(config: ConfigDict) -> None:
 
 def _check_captions(config: ConfigDict) -> None:
     model, data, prompts = config.model, config.data, config.sampling.preview_prompts
-    _choice("model.initialisation", model.initialisation, INITIALISATIONS)
-    _choice("data.captions", data.captions, CAPTION_FORMS)
+    check_choice("model.initialisation", model.initialisation, INITIALISATIONS)
+    check_choice("data.captions", data.captions, CAPTION_FORMS)
     if model.depth < 2:
         raise UserError(f"model.depth={model.depth} is too few with model.name=mmdit: its last block is a special one")
     if data.num_classes:
@@ -188,8 +183,8 @@ def _check_captions(config: ConfigDict) -> None:
 
 def _check_schedules(config: ConfigDict) -> None:
     optimizer, ema = config.optimizer, config.ema
-    _choice("optimizer.schedule", optimizer.schedule, LEARNING_RATE_SCHEDULES)
-    _choice("ema.schedule", ema.schedule, EMA_SCHEDULES)
+    check_choice("optimizer.schedule", optimizer.schedule, LEARNING_RATE_SCHEDULES)
+    check_choice("ema.schedule", ema.schedule, EMA_SCHEDULES)
     names = (TEACHER, *(one.name for one in profiles_of(config)))
     if ema.sampled != TEACHER and profile("ema.sampled", ema.sampled).name not in names:
         raise UserError(f"ema.sampled={ema.sampled!r} is not tracked; allowed: {', '.join(names)} (ema.profiles)")

@@ -7,7 +7,7 @@ batch at once.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -247,7 +247,7 @@ class Method:
         """
 
 
-def check_choice(key: str, value: Any, allowed: tuple[str, ...]) -> None:
+def check_choice(key: str, value: Any, allowed: Collection[str]) -> None:
     """Raises `UserError` where a key's value is none of the allowed ones."""
     if value not in allowed:
         raise UserError(f"{key}={value!r} is unknown; allowed: {', '.join(allowed)}")

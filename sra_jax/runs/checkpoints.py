@@ -10,9 +10,9 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -25,6 +25,8 @@ from sra_jax.runs import CHECKSUMS, PROFILES, TREES, checksums
 from sra_jax.runs.state import TrainState
 
 ITEMS = (*TREES, PROFILES, "meta", CHECKSUMS)
+
+T = TypeVar("T")
 
 UNCHECKED = "was saved without checksums: damage in its arrays would go unnoticed"
 
@@ -53,6 +55,14 @@ def check_writable(flag: str, workdir: Path) -> None:
 
 class Damaged(Exception):
     """A checkpoint that one of the processes cannot read, or whose arrays are not those that were saved."""
+
+
+class Unreadable(UserError):
+    """An item of a checkpoint that is damaged, or of other shapes than asked for; `step` is the checkpoint's."""
+
+    def __init__(self, message: str, step: int):
+        super().__init__(message)
+        self.step = step
 
 
 class Found(NamedTuple):
@@ -259,16 +269,16 @@ class Checkpoints:
         """One item of a checkpoint alone: params, ema or profiles.
 
         Raises:
-          UserError: it cannot be read, is not what was saved, or its shapes are not those of `abstract`.
+          Unreadable: it cannot be read, is not what was saved, or its shapes are not those of `abstract`.
         """
         try:
             items, checked = self._load({name: abstract}, step)
         except Damaged as damage:
             others = ", ".join(str(other) for other in self.steps() if other != step) or "none"
-            raise UserError(
+            raise Unreadable(
                 f"{name} of checkpoint {self.directory / str(step)} cannot be read: {damage}. Other steps that are "
-                f"saved: {others}"
-            ) from damage
+                f"saved: {others}", step,
+            ) from damage  # fmt: skip
         if not checked and jax.process_index() == 0:
             print(f"{self.directory / str(step)} {UNCHECKED}", file=sys.stderr)
         return items[name]
@@ -287,6 +297,35 @@ class Checkpoints:
         if step not in steps:
             raise UserError(f"--step={step} is not saved in {self.directory}; there are {', '.join(map(str, steps))}")
         return step
+
+    def read(self, step: int | None, reading: Callable[[int], T]) -> tuple[int, T]:
+        """What is read of `step` or, where it is None, of the newest that can be read, and which step that is.
+
+        Where a newer one is damaged, that is said. Nothing is moved: the run sets it aside when it goes on.
+
+        Args:
+          step: as `choose` takes it.
+          reading: reads items of a step, and raises `Unreadable`.
+
+        Raises:
+          UserError: there is no such step, it cannot be read, or none can.
+        """
+        if step is not None:
+            return self.choose(step), reading(step)
+        self.choose(None)  # raises where there is none
+        failures: list[Unreadable] = []
+        for saved in reversed(self.steps()):
+            try:
+                found = reading(saved)
+            except Unreadable as error:
+                if error.step != saved:  # an older one that it is made from
+                    raise
+                failures.append(error)
+                continue
+            if failures and jax.process_index() == 0:
+                print(f"{failures[0]}. Step {saved} is used, the newest that can be read", file=sys.stderr)
+            return saved, found
+        raise failures[0]
 
     def wait(self) -> None:
         """Until the last save is on disk.

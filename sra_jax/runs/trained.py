@@ -22,7 +22,7 @@ class TrainedModel:
 
     Args:
       workdir: the run's folder.
-      step: which checkpoint; None takes the newest.
+      step: which checkpoint; None takes the newest that can be read.
       weights: "ema" or "params".
       sampling: values that replace those of the config's `sampling` section; None for who does not sample.
       ema: which EMA, as `profiles.restore` takes it.
@@ -73,11 +73,14 @@ class TrainedModel:
         self.weights = f"ema {name}" if weights == "ema" and name != TEACHER else weights
         checkpoints = Checkpoints(workdir, read_only=True)
         try:
-            self.step = checkpoints.choose(step)
-            if weights == "ema":
-                self.params: Params = profiles.restore(checkpoints, self.config, self._abstract(), self.step, ema)
-            else:
-                self.params = checkpoints.restore_item(weights, self._abstract(), self.step)
+            abstract = self._abstract()
+
+            def reading(step: int) -> Params:
+                if weights == "ema":
+                    return profiles.restore(checkpoints, self.config, abstract, step, ema)
+                return checkpoints.restore_item(weights, abstract, step)
+
+            self.step, self.params = checkpoints.read(step, reading)
         finally:
             checkpoints.close()
 

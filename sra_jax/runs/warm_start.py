@@ -58,8 +58,7 @@ def start_from(config: ConfigDict, state: TrainState) -> tuple[TrainState, str]:
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, layout)
     checkpoints = Checkpoints(workdir, read_only=True)
     try:
-        step = checkpoints.choose(None)
-        taken = profiles.restore(checkpoints, saved, abstract, step)
+        step, taken = checkpoints.read(None, lambda step: profiles.restore(checkpoints, saved, abstract, step))
     finally:
         checkpoints.close()
     params = {name: taken.get(name, own) for name, own in state.params.items()}

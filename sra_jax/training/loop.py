@@ -114,7 +114,7 @@ def _train(
                 aside = aside or beside(config, program.mesh, workdir, dataset)
                 _run(
                     config, program, compiled, checkpoints, state, dataset, steps, workdir, preemption, lock, clock,
-                    *aside,
+                    [record for record in history if record["step"] <= int(state.step)], *aside,
                 )  # fmt: skip
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)
@@ -379,7 +379,8 @@ def _say_where(config: ConfigDict, workdir: Path, say: Callable[..., None]) -> N
 def _run(
     config: ConfigDict, program: Program, compiled: jax.stages.Compiled | None, checkpoints: Checkpoints,
     state: TrainState, dataset: Dataset, steps: int, workdir: Path, preemption: processes.Preemption,
-    lock: files.Lock | None, clock: Clock, previews: "Previews | None", evaluation: TrainingEvaluation | None,
+    lock: files.Lock | None, clock: Clock, records: Sequence[Mapping[str, float]], previews: "Previews | None",
+    evaluation: TrainingEvaluation | None,
 ) -> None:
     """The hot loop. The host runs ahead of the devices: it waits for them only to log, to preview and to save."""
     first = int(state.step)
@@ -398,7 +399,7 @@ def _run(
     writer = metrics_lib.Writer(workdir, _further(config, workdir)) if jax.process_index() == 0 else None
     profiler = Profiler(config, workdir / PROFILE)
     journal = Journal(
-        config, clock, writer, bar, checkpoints, metrics_lib.read(workdir) if writer else [],
+        config, clock, writer, bar, checkpoints, records,
         lambda step: pipeline.non_finite(dataset.source, **read, batch=step - 1),
     )  # fmt: skip
 

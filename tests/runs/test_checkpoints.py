@@ -185,6 +185,33 @@ def test_a_changed_array_is_named_and_the_one_before_it_used(saved):
 
 
 @pytest.mark.faults
+def test_tools_take_the_newest_that_can_be_read_and_refuse_a_damaged_one_that_is_named(saved, capsys):
+    flip(saved / "checkpoints" / "4" / "ema", "model/b")
+    checkpoints = Checkpoints(saved, read_only=True)
+
+    def ema(step):
+        return checkpoints.restore_item("ema", abstract().ema, step)
+
+    step, found = checkpoints.read(None, ema)
+    assert step == 3
+    same(found, state_at(3, 3.0).ema)
+    said = capsys.readouterr().err
+    assert "checkpoints/4 cannot be read: the checksum of ema/model/b is not" in said
+    assert said.endswith("Step 3 is used, the newest that can be read\n")
+    assert checkpoints.read(None, lambda step: checkpoints.restore_item("params", abstract().params, step))[0] == 4
+    assert checkpoints.read(2, ema)[0] == 2
+    for wanted, reading in ((4, ema), (None, lambda _: ema(4))):  # named, or one that the newer ones are made from
+        with pytest.raises(UserError, match=r"ema of checkpoint .*4 cannot be read"):
+            checkpoints.read(wanted, reading)
+    for step in (2, 3):
+        damage(saved, step, "item")
+    with pytest.raises(UserError, match=r"ema of checkpoint .*4 cannot be read"):
+        checkpoints.read(None, ema)
+    assert checkpoints.steps() == [2, 3, 4]  # nothing is moved
+    checkpoints.close()
+
+
+@pytest.mark.faults
 @pytest.mark.parametrize(("old", "new"), [('"next_batch": 4', '"next_batch": 5'), ('"step": 4', '"step": 6')])
 def test_changed_meta_data_are_noticed(saved, old, new):
     path = saved / "checkpoints" / "4" / "meta" / "metadata"

@@ -116,6 +116,7 @@ def wait_for(condition):
 
 
 @pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_told_to_end_it_leaves_no_process_and_goes_on_where_it_was(number, code, tmp_path):
     """A part whose process runs main.py in another is stopped; the part before it is not done again."""

@@ -36,7 +36,7 @@ def test_two_names_in_one_figure(tiny_run, tmp_path):
     assert "best" in done.stdout
     result = json.loads((output / "probe.json").read_text())
     assert (result["blocks"], result["levels"], result["condition"]) == ([1, 2, 3], [0.0, 0.5], "null")
-    assert [run["name"] for run in result["runs"]] == ["A", "A", "B"]
+    assert [(run["name"], run["weights"]) for run in result["runs"]] == [("A", "ema"), ("A", "ema"), ("B", "ema")]
     first, second, third = (np.array(run["accuracy"]) for run in result["runs"])
     assert first.shape == (2, 3)
     np.testing.assert_array_equal(first, second)
