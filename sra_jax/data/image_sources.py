@@ -303,7 +303,9 @@ class TfdsImages:
         try:
             builder = tfds.builder(self._name, data_dir=self._data_dir)
         except tfds.core.registered.DatasetNotFoundError as error:
-            close = difflib.get_close_matches(self._name.split(":")[0], tfds.list_builders(), n=1)
+            # The list of other people's sets lies on a bucket: without a network, minutes of waiting for it.
+            known = tfds.list_builders(with_community_datasets=False)
+            close = difflib.get_close_matches(self._name.split(":")[0], known, n=1)
             raise UserError(
                 f"tfds:{self._name} is neither known to TFDS nor on disk in {self._data_dir or 'its default folder'}"
                 + (f"; did you mean {close[0]}?" if close else "")
