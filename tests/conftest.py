@@ -37,6 +37,9 @@ TINY_DIGITS = (
 
 CACHE_DAYS = 14
 WORKERS = 4
+LONG_ROOMS = ("tools", "distributed", "runs")
+"""Whose files take minutes each: they begin first, and the many short ones fill what the processes have left."""
+
 FAST_ROOMS = ("config", "data", "diffusion", "methods", "models")
 NOT_FAST = (
     "test_compiled_size_does_not_grow_with_depth", "test_ddim_with_eta_one_is_ddpm_with_the_small_variance",
@@ -59,8 +62,9 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The tests of what is pure code are the fast ones, but for those that are marked slow or start processes."""
-    for item in items:
-        room = item.path.relative_to(ROOT / "tests").parts[0]
+    rooms = {item: item.path.relative_to(ROOT / "tests").parts[0] for item in items}
+    items.sort(key=lambda item: LONG_ROOMS.index(rooms[item]) if rooms[item] in LONG_ROOMS else len(LONG_ROOMS))
+    for item, room in rooms.items():
         left_out = getattr(item, "originalname", None) in NOT_FAST or item.get_closest_marker("slow")
         if room in FAST_ROOMS and not left_out:
             item.add_marker("fast")

@@ -20,7 +20,7 @@ TEXTS = {
     "labels", "sampler", "sampling_steps", "guidance_interval", "names", "blocks", "levels", "metrics", "topology",
     "recipes", "parts", "coordinator_address", "methods", "ema", "prompt", "prompts", "attention", "remat",
     "seeds", "measure_at", "probe_levels", "shard", "vary",
-    "guidance_scales", "guidance_intervals", "emas", "steps", "topologies",
+    "guidance_scales", "guidance_intervals", "emas", "steps", "name", "topologies",
 }  # fmt: skip
 """Flags of text that is neither a path nor a number; their commands read them."""
 
@@ -29,7 +29,8 @@ TEXT_KINDS = ("DEFINE_string", "DEFINE_list", "DEFINE_multi_string")
 LOCAL = {
     ("compile_tpu", "results"), ("fid", "data_dir"), ("linear_probe", "cache"), ("prepare_latents", "data_dir"),
     ("prepare_latents", "features"), ("prepare_latents", "output"), ("study", "output"),
-    ("sweep", "workdir"), ("sweep", "output"), ("sweep", "data_dir"),
+    ("compare", "workdir"), ("compare", "curve"), ("compare", "output"), ("compare", "make"), ("sweep", "workdir"),
+    ("sweep", "output"), ("sweep", "data_dir"),
 }  # fmt: skip
 """Flags of paths that cannot be addresses."""
 

@@ -7,7 +7,7 @@ Names of the tensors are the authors', so that our parameters load into it and t
 import functools
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -181,6 +181,10 @@ class Gaussian:
 
 
 PROCESSES: dict[str, type[Flow] | type[Gaussian]] = {"interpolant": Flow, "gaussian": Gaussian}
+DISTANCES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "smooth_l1": lambda h, target: F.smooth_l1_loss(h, target, beta=0.05),
+    "cosine": lambda h, target: (1 - F.cosine_similarity(h, target, dim=-1)).mean(),
+}
 
 
 class PeerStep:
@@ -195,12 +199,13 @@ class PeerStep:
       device: where it runs, "cpu" or "cuda".
       bfloat16: whether products are in bfloat16, by autocast; parameters and optimizer stay float32.
       compiled: whether the networks go through torch.compile.
+      distance: smooth_l1 with beta 0.05, or cosine over features.
     """
 
     def __init__(
         self, shape: Mapping[str, int], tensors: Mapping[str, np.ndarray], *, process: str, student_block: int,
         teacher_block: int, weight: float, threads: int, device: str = "cpu", bfloat16: bool = False,
-        compiled: bool = False,
+        compiled: bool = False, distance: str = "smooth_l1",
     ):  # fmt: skip
         torch.set_num_threads(threads)
         self._device = device
@@ -217,6 +222,7 @@ class PeerStep:
                 network.compile()
         self.teacher.requires_grad_(False)
         self._student_block, self._teacher_block, self._weight = student_block, teacher_block, weight
+        self._distance = DISTANCES[distance]
         self._parameters = [p for p in self.student.parameters() if p.requires_grad]
         self._averages = [
             a for a, p in zip(self.teacher.parameters(), self.student.parameters(), strict=True) if p.requires_grad
@@ -244,7 +250,7 @@ class PeerStep:
                 self._process.perturb(x0, e, at), s, y, tap=self._teacher_block,
                 stop=self._teacher_block if teacher == "truncated" else None,
             )  # fmt: skip
-        return loss + self._weight * F.smooth_l1_loss(self.student.ap_head(h), target, beta=0.05)
+        return loss + self._weight * self._distance(self.student.ap_head(h), target)
 
     def step(self, example: Mapping[str, np.ndarray], teacher: str) -> float:
         """One whole step; returns the loss."""

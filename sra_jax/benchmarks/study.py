@@ -14,7 +14,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from sra_jax import config as config_lib
 from sra_jax.benchmarks import study_points, study_report
 from sra_jax.benchmarks.study_points import Instruments, Protocol, waited_for
 from sra_jax.errors import Busy, UserError
+from sra_jax.evaluation.record import flat
 from sra_jax.runs import environment, metrics
 from sra_jax.training.loop import train
 
@@ -323,12 +324,3 @@ def seconds_per_step(log: Sequence[Mapping[str, float]]) -> float | None:
 def rounded(value: float) -> float:
     """To six digits: what files hold for people."""
     return float(f"{value:.6g}")
-
-
-def flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of every leaf of JSON data; a list is one."""
-    if isinstance(values, dict):
-        for key, value in values.items():
-            yield from flat(value, f"{prefix}{key}.")
-    else:
-        yield prefix.removesuffix("."), values

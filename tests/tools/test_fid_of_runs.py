@@ -15,13 +15,7 @@ FAST = ("--sampling_steps=2", "--extractor=classifier", "--reference=dataset", "
 METRICS = ("fid", "inception_score", "precision", "recall", "accuracy")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """A cache of classifiers of its own: trained once for this module."""
-    patch = pytest.MonkeyPatch()
-    patch.setenv("SRA_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
-    yield
-    patch.undo()
+pytestmark = pytest.mark.usefixtures("classifier_cache")
 
 
 @pytest.fixture
@@ -30,7 +24,7 @@ def workdir(tiny_run, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def measured(tiny_run, tmp_path_factory):
+def measured(tiny_run, tmp_path_factory, classifier_cache):
     """1,100 samples measured at once, and the samples."""
     folder = tmp_path_factory.mktemp("measured")
     workdir = shutil.copytree(tiny_run, folder / "run")
