@@ -8,7 +8,15 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.running import QUICK_COMPILING, ROOT, command_environment, compilation_cache, run, start  # noqa: F401
+from tests.running import (  # noqa: F401
+    QUICK_COMPILING,
+    ROOT,
+    command_environment,
+    compilation_cache,
+    kill_when,
+    run,
+    start,
+)  # fmt: skip
 
 os.environ["XLA_FLAGS"] = " ".join(
     [QUICK_COMPILING, os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]

@@ -18,7 +18,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from sra_jax import memory_pages
@@ -185,3 +186,13 @@ def run(
         process.kill()
     assert process.returncode == code, f"exit code {process.returncode}\n{output}\n{errors}"
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+def kill_when(process: Command | subprocess.Popen, condition: Callable[[], bool]) -> None:
+    """SIGKILL at the first moment at which `condition()` holds, which has to come before the command ends."""
+    while not condition():
+        assert process.poll() is None, "it ended before it could be killed: " + process.communicate()[1]
+        time.sleep(0.0005)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL

@@ -1,9 +1,7 @@
 """Runs killed with SIGKILL and started again end as the uninterrupted run does, bit for bit."""
 
 import json
-import os
 import random
-import signal
 import time
 
 import jax
@@ -12,7 +10,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from sra_jax.runs.metrics import clocked
-from tests.conftest import TINY_DIGITS, run, start
+from tests.conftest import TINY_DIGITS, kill_when, run, start
 
 STEPS = 24
 
@@ -44,15 +42,8 @@ def assert_same_run(actual, expected):
     assert logged(actual) == logged(expected)
 
 
-def kill_when(workdir, condition):
-    """Start the run and SIGKILL it at the first moment at which `condition()` holds."""
-    process = start("main.py", *TINY_DIGITS, f"--workdir={workdir}")
-    while not condition():
-        assert process.poll() is None, "the run ended before it could be killed: " + process.communicate()[1]
-        time.sleep(0.0005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+def begin(workdir):
+    return start("main.py", *TINY_DIGITS, f"--workdir={workdir}")
 
 
 def resume(workdir):
@@ -73,7 +64,7 @@ def test_killed_at_a_random_moment(tiny_run, tmp_path):
             first = time.monotonic()
         return first is not None and time.monotonic() - first > delay
 
-    kill_when(tmp_path, moment)
+    kill_when(begin(tmp_path), moment)
     assert "resuming" in resume(tmp_path)
     assert_same_run(tmp_path, tiny_run)
 
@@ -85,7 +76,7 @@ def test_killed_during_a_save(tiny_run, tmp_path, saved_before):
     """With nothing saved yet, and while a later checkpoint is being written."""
     step = 6 * (saved_before + 1)
     folder = tmp_path / "checkpoints"
-    kill_when(tmp_path, lambda: any(folder.glob(f"{step}.orbax-checkpoint-tmp*")))
+    kill_when(begin(tmp_path), lambda: any(folder.glob(f"{step}.orbax-checkpoint-tmp*")))
     done = resume(tmp_path)
     assert ("resuming" in done) or ("starting at step 0" in done)
     assert_same_run(tmp_path, tiny_run)

@@ -1,15 +1,12 @@
 """tools/fid.py on a run's own samples, and the same metrics during training."""
 
 import json
-import os
 import shutil
-import signal
-import time
 
 import numpy as np
 import pytest
 
-from tests.conftest import TINY_DIGITS, run, start
+from tests.conftest import TINY_DIGITS, kill_when, run, start
 
 FAST = ("--sampling_steps=2", "--extractor=classifier", "--reference=dataset", "--sampling_batch_size=100")
 METRICS = ("fid", "inception_score", "precision", "recall", "accuracy")
@@ -57,13 +54,8 @@ def test_saved_samples_measure_the_same(measured):
 def test_killed_generation_goes_on_where_it_stopped(measured, workdir):
     """SIGKILL once the first chunk is kept: the second attempt reads it and gives the same numbers."""
     arguments = ("tools/fid.py", f"--workdir={workdir}", "--num_samples=1100", *FAST)
-    process = start(*arguments)
     folder = workdir / "evaluation"
-    while not list(folder.glob("unfinished_*/0000000_0001000.npz")):
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.001)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
+    kill_when(start(*arguments), lambda: any(folder.glob("unfinished_*/0000000_0001000.npz")))
     second = start(*arguments)
     output, errors = second.communicate(timeout=300)
     assert second.returncode == 0, errors

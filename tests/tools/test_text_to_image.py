@@ -18,7 +18,7 @@ from sra_jax.errors import UserError
 from sra_jax.interop import clip_text
 from sra_jax.interop import mmdit as interop
 from sra_jax.runs.trained import TrainedModel
-from tests.conftest import made_once, run
+from tests.conftest import kill_when, made_once, run, start
 from tests.in_process import call
 from tests.interop.random_tensors import mmdit_shapes, random_mmdit
 from tests.tools.test_training_on_latents import final_state
@@ -146,15 +146,16 @@ def test_captions_that_are_missing_or_another_encoders(prepare, image_folder, ti
 
 @pytest.mark.slow
 def test_from_cocos_files_to_a_fid(prepare, coco_folder, tmp_path):
-    """Trained in one go and in two parts to the same bits; previews, samples and FID of prompts."""
+    """Trained in one go, and killed and resumed, to the same bits; previews, samples and FID of prompts."""
     output = tmp_path / "latents"
     prepare(output)
     flags = (*TINY, "--config.data.name=latents", f"--config.data.path={output}", "--config.data.image_size=8",
              "--config.data.context_length=7", "--config.data.context_width=12")  # fmt: skip
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run("main.py", *flags, "--config.sample_every=6", f"--workdir={whole}")
-    run("main.py", *flags, "--config.sample_every=0", "--config.steps=3", f"--workdir={parts}")
-    resumed = run("main.py", *flags, "--config.sample_every=0", "--config.data.workers=1", f"--workdir={parts}")
+    flags = (*flags, "--config.sample_every=0", "--config.checkpoint_every=1", f"--workdir={parts}")
+    kill_when(start("main.py", *flags), (parts / "checkpoints" / "2").exists)
+    resumed = run("main.py", *flags, "--config.data.workers=1")
     assert "resuming" in resumed.stdout
     jax.tree.map(np.testing.assert_array_equal, final_state(parts), final_state(whole))
     assert (whole / "samples" / "step_0000006.png").exists()

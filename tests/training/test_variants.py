@@ -1,9 +1,6 @@
 """Every method as a user trains it: by the variant's name, killed and resumed, sampled."""
 
 import json
-import os
-import signal
-import time
 
 import jax
 import numpy as np
@@ -12,7 +9,7 @@ import pytest
 from sra_jax.methods.registry import METHODS
 from sra_jax.runs.metrics import clocked
 from tests.checkpoints import final_state
-from tests.conftest import run, start
+from tests.conftest import kill_when, run, start
 
 TINY = (
     "--config.batch_size=16", "--config.optimizer.warmup_steps=0", "--config.log_every=2",
@@ -31,12 +28,7 @@ def killed_and_resumed(flags, tmp_path):
     """Two workdirs: of a run as it is, and of one that was killed at its first checkpoint and started again."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run("main.py", *flags, f"--workdir={whole}")
-    process = start("main.py", *flags, f"--workdir={parts}")
-    while not (parts / "checkpoints" / "2").is_dir():
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.001)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
+    kill_when(start("main.py", *flags, f"--workdir={parts}"), (parts / "checkpoints" / "2").is_dir)
     run("main.py", *flags, f"--workdir={parts}")
     return whole, parts
 
