@@ -47,10 +47,12 @@ def _trained(text: str) -> tuple[float, ...]:
     return tuple(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_losses_are_what_they_were(recipe):
     np.testing.assert_allclose(losses(recipe), json.loads(FILE.read_text())[recipe], rtol=1e-4)
 
 
 if __name__ == "__main__":
-    FILE.write_text(json.dumps({recipe: [round(x, 7) for x in losses(recipe)] for recipe in RECIPES}, indent=1) + "\n")
+    lines = [f'"{recipe}": {json.dumps([round(x, 7) for x in losses(recipe)])}' for recipe in RECIPES]
+    FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
