@@ -45,7 +45,7 @@ TINY_DIGITS = (
 
 CACHE_DAYS = 14
 WORKERS = 4
-LONG_ROOMS = ("tools", "distributed", "runs")
+LONG_ROOMS = ("tools", "training", "distributed", "runs", "planning", "models", "methods")
 """Whose files take minutes each: they begin first, and the many short ones fill what the processes have left."""
 
 FAST_ROOMS = ("config", "data", "diffusion", "methods", "models")

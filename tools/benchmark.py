@@ -30,7 +30,7 @@ Examples:
     python tools/benchmark.py methods --config=configs/sit_b2.py --config.batch_size=8 --repeats=3 --topology=v5e:4x4
 
     # tracing and compiling at the first start and at the second, of training and of sampling
-    python tools/benchmark.py start --recipes=digits,sit_b2:smoke,dit_b2:smoke
+    python tools/benchmark.py start --recipes=sit_b2:smoke,dit_b2:smoke
 
     # reading latents; encoding images; the FID network; the metrics: options by --help
     python tools/benchmark.py data --folder=FOLDER

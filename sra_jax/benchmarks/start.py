@@ -14,6 +14,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from sra_jax import config as config_lib
+from sra_jax.errors import RunError
 
 EVENTS = "/jax/core/compile/"
 """JAX's events of tracing, lowering and compiling; taking a kept program is part of the last."""
@@ -91,7 +92,7 @@ def measured(job: Callable[[str, str], None], config_json: str, workdir: str, ca
     """Wall and CPU seconds of tracing and compiling in a process that does a job.
 
     Raises:
-      EOFError: the process died; its traceback is on stderr.
+      RunError: the process failed; its traceback is on stderr.
     """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
@@ -101,6 +102,8 @@ def measured(job: Callable[[str, str], None], config_json: str, workdir: str, ca
     theirs.close()
     try:
         return ours.recv()
+    except EOFError as error:
+        raise RunError(f"{job.__name__} failed in the process that was measured: see above") from error
     finally:
         process.join()
 
@@ -109,15 +112,17 @@ def starts(config: ConfigDict) -> dict[str, dict[str, Mapping[str, float]]]:
     """Of training a recipe, then of sampling from it: the first start and the second, each in a process of its own.
 
     Both train from the beginning, in folders of their own, and share a folder of compiled programs that is empty at
-    first.
+    first. Recipes that are told captions are not sampled from: prompts need a text tower's weights.
     """
     text = config_lib.to_json(config)
-    found: dict[str, dict[str, Mapping[str, float]]] = {"train": {}, "sample": {}}
+    found: dict[str, dict[str, Mapping[str, float]]] = {"train": {}}
     with tempfile.TemporaryDirectory() as folder:
         for start in STARTS:
             found["train"][start] = measured(train, text, f"{folder}/{start}", f"{folder}/cache")
-        for start in STARTS:
-            found["sample"][start] = measured(sample, text, f"{folder}/first", f"{folder}/cache")
+        if not config_lib.tells_captions(config):
+            found["sample"] = {
+                start: measured(sample, text, f"{folder}/first", f"{folder}/cache") for start in STARTS
+            }  # fmt: skip
     return found
 
 

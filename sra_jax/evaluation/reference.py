@@ -1,13 +1,12 @@
 """What samples are compared with: statistics and features of a reference set."""
 
 import dataclasses
-import hashlib
 import json
 from pathlib import Path
 
 import numpy as np
 
-from sra_jax import files
+from sra_jax import files, remote
 from sra_jax.errors import UserError
 from sra_jax.evaluation.features import Extractor, extract_features
 from sra_jax.evaluation.images import Digest, ImageSet, npz_names, open_images, read_npz
@@ -250,7 +249,7 @@ def _load_stored(path: Path, metadata: Stored, extractor: Extractor) -> Referenc
         pool=pool,
         spatial=_statistics(path, SPATIAL) if set(SPATIAL) <= set(names) else None,
         features=features,
-        checksum=_file_checksum(path),
+        checksum=remote.file_sha256(path)[:16],
         **dataclasses.asdict(metadata),
     )
 
@@ -306,13 +305,5 @@ def load_reference(
         pool=pool,
         spatial=_statistics(path, SPATIAL) if set(SPATIAL) <= set(npz_names(path)) else None,
         features=features,
-        checksum=_file_checksum(path),
+        checksum=remote.file_sha256(path)[:16],
     )
-
-
-def _file_checksum(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(2**24):
-            digest.update(part)
-    return digest.hexdigest()[:16]

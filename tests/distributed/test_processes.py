@@ -109,6 +109,7 @@ def together(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(together, alone):
     assert_same_losses(together, alone)
 

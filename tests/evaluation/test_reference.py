@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 import os
 
 import numpy as np
@@ -25,8 +26,11 @@ def images_file(path, count=30, seed=0):
 
 
 def assert_equal(first, second):
+    """But for the checksum: of the file, where one is read, and else of the images."""
     for field in dataclasses.fields(first):
         one, other = getattr(first, field.name), getattr(second, field.name)
+        if field.name == "checksum":
+            continue
         if dataclasses.is_dataclass(one):
             assert_equal(one, other)
         else:
@@ -47,7 +51,12 @@ def test_saved_and_loaded(tmp_path):
     extractor = toy_extractor()
     reference = load_reference(images_file(tmp_path / "x.npz"), extractor, progress=False)
     save_reference(reference, tmp_path / "new" / "statistics.npz")
-    assert_equal(load_reference(tmp_path / "new" / "statistics.npz", extractor), reference)
+    loaded = load_reference(tmp_path / "new" / "statistics.npz", extractor)
+    assert_equal(loaded, reference)
+    assert loaded.checksum == hashlib.sha256((tmp_path / "new" / "statistics.npz").read_bytes()).hexdigest()[:16]
+    again = load_reference(images_file(tmp_path / "again.npz"), extractor, progress=False)
+    other = load_reference(images_file(tmp_path / "other.npz", seed=1), extractor, progress=False)
+    assert again.checksum == reference.checksum != other.checksum
     assert os.listdir(tmp_path / "new") == ["statistics.npz"]
     assert stored_metadata(tmp_path / "new" / "statistics.npz").extractor == "toy/1"
     with pytest.raises(UserError, match="exists and is not overwritten"):

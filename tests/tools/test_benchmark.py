@@ -56,12 +56,14 @@ def test_methods():
 @pytest.mark.slow
 def test_start(tmp_path):
     """Each start is a process of its own; the second finds what the first has compiled."""
-    done = run("tools/benchmark.py", "start", "--recipes=sit_b2:smoke", f"--json={tmp_path / 'r.json'}")
+    done = run("tools/benchmark.py", "start", "--recipes=sit_b2:smoke,t2i_coco:smoke", f"--json={tmp_path / 'r.json'}")
     result = json.loads((tmp_path / "r.json").read_text())
     assert done.stdout.splitlines() == result["markdown"]
-    assert [line.split("|")[2].strip() for line in result["markdown"][2:]] == ["train", "sample"]
-    for pair in result["recipes"]["sit_b2_smoke"].values():
-        assert 0 < pair["second"]["cpu_seconds"] < pair["first"]["cpu_seconds"]
+    rows = [[cell.strip() for cell in line.split("|")[1:3]] for line in result["markdown"][2:]]
+    assert rows == [["sit_b2_smoke", "train"], ["sit_b2_smoke", "sample"], ["t2i_coco_smoke", "train"]]
+    for commands in result["recipes"].values():
+        for pair in commands.values():
+            assert 0 < pair["second"]["cpu_seconds"] < pair["first"]["cpu_seconds"]
 
 
 @pytest.mark.parametrize(
