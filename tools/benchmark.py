@@ -27,7 +27,7 @@ Examples:
         --config.sampling.steps=20 --config.sampling.guidance_scale=1.8 --config.sampling.guidance_interval=0,0.7
 
     # what each method adds to the baseline's step, as the table of docs/methods.md; memory by libtpu's compiler
-    python tools/benchmark.py methods --config=configs/sit_b2.py --config.batch_size=8 --repeats=3 --topology=v5e:4x4
+    python tools/benchmark.py methods --config=configs/sit_b2.py --config.batch_size=2 --repeats=7 --topology=v5e:4x4
 
     # tracing and compiling at the first start and at the second, of training and of sampling
     python tools/benchmark.py start --recipes=sit_b2:smoke,dit_b2:smoke

@@ -235,6 +235,7 @@ def test_fsdp_sends_each_parameter_as_often_as_it_is_used():
     assert needed <= compiled.cost().sent["all-gather"] <= needed + 3 * others
 
 
+@pytest.mark.slow
 def test_data_parallel_traffic_does_not_grow_with_the_devices():
     """Gradients are summed once: 2 (n-1)/n of their bytes, whatever n; and a few tokens go into the log."""
     sent = {n: sum(step_program(devices=n)[0].cost().sent.values()) for n in (2, 8)}

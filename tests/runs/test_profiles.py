@@ -156,6 +156,7 @@ def test_a_resumed_run_has_the_same_averages(averaged, tmp_path):
         loop.train(recipe(**{"ema.profiles": "0.5"}), tmp_path, allow_config_change=True)
 
 
+@pytest.mark.slow
 def test_the_tools_take_any_of_them(averaged, tmp_path):
     content = saved(averaged)
 

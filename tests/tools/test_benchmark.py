@@ -35,6 +35,7 @@ def test_train_step(tmp_path):
     assert not any("peer" in name for name in result)
 
 
+@pytest.mark.slow
 def test_sampler():
     result = json.loads(run("tools/benchmark.py", "sampler", SMOKE, "--repeats=1", "--samples=2").stdout)
     assert (result["samples"], result["steps"]) == (2, 10)

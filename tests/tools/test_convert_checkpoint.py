@@ -107,7 +107,10 @@ def test_training_goes_on_where_the_file_stopped(imported, tmp_path):
     assert (workdir / "checkpoints" / "4").is_dir()
 
 
-@pytest.mark.parametrize(("method", "head"), [("self_flow", "projector.linear1"), ("dts_as", "ap_head.linear1")])
+@pytest.mark.parametrize(
+    ("method", "head"),
+    [("self_flow", "projector.linear1"), pytest.param("dts_as", "ap_head.linear1", marks=pytest.mark.slow)],
+)
 def test_siblings_go_out_under_their_authors_names_and_come_in_again(method, head, tmp_path):
     """Self-Flow's time and channels are the original SiT's: one rounding each way."""
     flags = (

@@ -118,6 +118,7 @@ def test_a_run_chooses_and_says_so(undivided, tmp_path, capsys):
     assert saved["mesh"]["fsdp"] == int(line[2]) and saved["model"]["remat"] in ("dots", "block")
 
 
+@pytest.mark.slow
 def test_the_flags_that_are_named_do_fit(undivided, tmp_path):
     """Given by hand is what does not fit: one line names what would, and that runs."""
     state = fitting.whole_state(open_recipe())

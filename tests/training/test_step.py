@@ -55,7 +55,10 @@ def one_device():
     return losses(recipe())
 
 
-@pytest.mark.parametrize(("data", "fsdp", "model"), [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
+@pytest.mark.parametrize(
+    ("data", "fsdp", "model"),
+    [(2, 2, 2), pytest.param(8, 1, 1, marks=pytest.mark.slow), pytest.param(1, 8, 1, marks=pytest.mark.slow)],
+)
 def test_eight_devices_give_the_losses_of_one(data, fsdp, model):
     """Twenty steps, with the state whole on every device, split over all, and everything at once."""
     expected, _ = one_device()

@@ -40,6 +40,7 @@ def one_device():
     return losses(recipe(), steps=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("data", "fsdp", "model"), [(2, 2, 2)])
 def test_eight_devices_give_the_losses_of_one(data, fsdp, model):
     expected, _ = one_device()
