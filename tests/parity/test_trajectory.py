@@ -20,7 +20,7 @@ STEPS, FIRST = 100, 10
 LOOKED_AT = np.array([*range(1, FIRST + 1), *range(2 * FIRST, STEPS + 1, FIRST)])
 SLACK = 4.0
 ROUNDING = 1e-5
-"""More than this share of its way, or of the loss, no trajectory is off in its first steps by rounding alone."""
+"""More than this share of its way, or of the loss, no trajectory is off after its first steps by rounding alone."""
 
 RECIPES = {"sit": sit_b2, "dit": dit_b2}
 BATCH = 4
@@ -128,7 +128,8 @@ def within_rounding(losses, apart, way, norm):
     per_step = (apart / steps[:, None])[:FIRST].max(axis=0)
     # every update rounds all parameters once, however short its way: the EMA's is a ten thousandth of theirs
     floor = np.finfo(np.float32).eps * norm * steps[:, None]
-    begun_alike = (apart < ROUNDING * way + floor)[:FIRST].all() and (off[:FIRST] < ROUNDING).all()
+    # after FIRST steps: in the very first, an entry whose gradient is next to nothing may go the other way
+    begun_alike = (apart < ROUNDING * way + floor)[FIRST - 1].all() and (off[:FIRST] < ROUNDING).all()
     parameters = (apart <= SLACK * per_step * steps[:, None]).all()
     return begun_alike and parameters and (off <= SLACK * off[:FIRST].max() * np.arange(1, STEPS + 1)).all()
 
