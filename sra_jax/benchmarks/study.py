@@ -26,7 +26,7 @@ from sra_jax import config as config_lib
 from sra_jax.benchmarks import study_points, study_report
 from sra_jax.benchmarks.study_points import Instruments, Protocol, waited_for
 from sra_jax.errors import Busy, UserError
-from sra_jax.evaluation.record import flat
+from sra_jax.evaluation.record import changes
 from sra_jax.runs import environment, metrics
 from sra_jax.training.loop import train
 
@@ -232,11 +232,7 @@ class Study:
             if found is None:
                 continue
             path = self._path(cell)
-            old, new = (dict(flat(values)) for values in (found["protocol"], self.protocol.data()))
-            changed = [
-                f"{key}: {old.get(key, 'absent')!r} -> {new.get(key, 'absent')!r}"
-                for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)
-            ]  # fmt: skip
+            changed = changes(found["protocol"], self.protocol.data(), missing="absent")
             changed += config_lib.differences(config_lib.from_json(json.dumps(found["config"])), self._configs[cell])
             if changed:
                 raise UserError(

@@ -266,13 +266,9 @@ def check_found(output: Path, plan: Plan, setting: Setting, extractor: Extractor
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """What two settings' records and numbers of samples differ in, `key: old -> new`."""
     one, other = (
-        dict(record.flat({**record.plain(result[record.NAME]), "num_samples": result["num_samples"]}))
-        for result in (old, new)
+        {**record.plain(result[record.NAME]), "num_samples": result["num_samples"]} for result in (old, new)
     )
-    return [
-        f"{key}: {one.get(key)!r} -> {other.get(key)!r}"
-        for key in sorted(one.keys() | other.keys()) if one.get(key) != other.get(key)
-    ]  # fmt: skip
+    return record.changes(one, other)
 
 
 def write(output: Path) -> Path:

@@ -113,11 +113,16 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     def comparable(result: Mapping[str, Any]) -> dict[str, Any]:
         record = plain(result[NAME])
         record["given"] = {name: value for name, value in record["given"].items() if name not in PLACES}
-        return dict(flat(record))
+        return record
 
-    one, other = comparable(old), comparable(new)
+    return changes(comparable(old), comparable(new))
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any], missing: Any = None) -> list[str]:
+    """Leaves in which JSON data differ, `dotted key: old -> new`; `missing` stands for one that is not there."""
+    one, other = dict(flat(old)), dict(flat(new))
     return [
-        f"{key}: {one.get(key)!r} -> {other.get(key)!r}"
+        f"{key}: {one.get(key, missing)!r} -> {other.get(key, missing)!r}"
         for key in sorted(one.keys() | other.keys()) if one.get(key) != other.get(key)
     ]  # fmt: skip
 
