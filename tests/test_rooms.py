@@ -2,7 +2,7 @@
 
 import ast
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run
 
 ROOMS = (
     "errors", "remote", "values", "files", "cli", "memory_pages", "models", "distributed", "diffusion", "methods",
@@ -34,6 +34,13 @@ def test_a_room_imports_only_rooms_before_it():
         allowed = {room, *ROOMS[: ROOMS.index(room)]} if room in ROOMS else set()
         wrong += [f"{path}:{line} imports {other}" for line, other in imported(path) if other not in allowed]
     assert not wrong, "\n".join(wrong)
+
+
+def test_a_start_loads_no_library_that_the_run_may_not_need():
+    """Each of these takes every command seconds; who needs one loads it then."""
+    large = {"sklearn", "tensorflow", "tensorflow_datasets", "torch", "matplotlib", "wandb", "clu"}
+    done = run("-c", f"import sys, main; print({large} & set(sys.modules))")
+    assert done.stdout == "set()\n"
 
 
 def test_tools_and_recipes_never_reach_into_the_loop_s_insides():

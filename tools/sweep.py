@@ -70,7 +70,8 @@ def main() -> None:
     check_devices()
     compilation_cache.use()
     workdir, output = pathlib.Path(FLAGS.workdir), files.check_output("--output", FLAGS.output, folder=True)
-    plain = TrainedModel(workdir, FLAGS.step, sampling={"sampler": FLAGS.sampler} if FLAGS.sampler else {})
+    sampling = {"sampler": FLAGS.sampler} if FLAGS.sampler else {}
+    plain = TrainedModel(workdir, FLAGS.step, sampling=sampling)
     labels = parse_labels(FLAGS.labels, plain.class_names)
     own_interval, own_steps = sweep.sampling_of(plain.config)
     settings = sweep.settings_of(
@@ -100,11 +101,11 @@ def main() -> None:
             extractor, plain.class_names, plain.config.data.num_classes, FLAGS.workdir
         )
     plan = sweep.Plan(
-        workdir, plain.step, {"sampler": FLAGS.sampler} if FLAGS.sampler else {}, FLAGS.num_samples, labels,
-        FLAGS.sampling_batch_size, FLAGS.seed, metrics, FLAGS.folds,
+        sweep.Weights(plain, sampling), FLAGS.num_samples, labels, FLAGS.sampling_batch_size, FLAGS.seed, metrics,
+        FLAGS.folds,
     )  # fmt: skip
     for setting in settings:
-        plan.model(setting)  # refuses an EMA or a sampler that cannot be, before any work
+        plan.weights.model(setting)  # refuses an EMA or a sampler that cannot be, before any work
     reference = load_reference(source, extractor, with_features=bool(evaluate.NEEDS_FEATURES & set(metrics)))
     with files.locked_output(output / sweep.SUMMARY, "choose another --output"):
         for setting in settings:

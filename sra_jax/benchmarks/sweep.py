@@ -90,14 +90,46 @@ def settings_of(
     return found
 
 
+class Weights:
+    """A checkpoint's EMAs, the last one that was asked for in memory: settings with the same EMA follow each other.
+
+    Args:
+      model: the checkpoint with its own EMA and `sampling` values.
+      sampling: values that all settings share.
+    """
+
+    def __init__(self, model: TrainedModel, sampling: Mapping[str, Any]):
+        self.workdir, self.step = model.workdir, model.step
+        self._sampling, self._ema, self._model = sampling, model.config.ema.sampled, model
+        self._checksums: dict[str, str] = {}
+
+    def model(self, setting: Setting) -> TrainedModel:
+        """The checkpoint with a setting's EMA and sampler.
+
+        Raises:
+          UserError: there is no such EMA, or the run's sampler knows no such value.
+        """
+        if setting.ema != self._ema:
+            self._model = TrainedModel(self.workdir, self.step, sampling=self._sampling, ema=setting.ema)
+            self._ema = setting.ema
+        return self._model.resampled({
+            **self._sampling, "guidance_scale": setting.scale, "guidance_interval": setting.interval,
+            "steps": setting.steps,
+        })  # fmt: skip
+
+    def checksum(self, setting: Setting) -> str:
+        """Of a setting's parameters."""
+        if setting.ema not in self._checksums:
+            self._checksums[setting.ema] = record.params_checksum(self.model(setting).params)
+        return self._checksums[setting.ema]
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """How each setting is measured.
 
     Attributes:
-      workdir: the run.
-      step: of the checkpoint.
-      sampling: further values of the config's `sampling` section.
+      weights: of the checkpoint.
       num_samples: samples of each setting.
       labels: their classes, as `generation.labels_for` takes them.
       batch_size: samples at a time.
@@ -106,27 +138,13 @@ class Plan:
       folds: parts of the jackknife.
     """
 
-    workdir: Path
-    step: int
-    sampling: Mapping[str, Any]
+    weights: Weights
     num_samples: int
     labels: str | Sequence[int]
     batch_size: int
     seed: int
     metrics: tuple[str, ...]
     folds: int
-
-    def model(self, setting: Setting) -> TrainedModel:
-        """The checkpoint with a setting's EMA and sampler.
-
-        Raises:
-          UserError: there is no such EMA, or the run's sampler knows no such value.
-        """
-        sampling = {
-            **self.sampling, "guidance_scale": setting.scale, "guidance_interval": setting.interval,
-            "steps": setting.steps,
-        }  # fmt: skip
-        return TrainedModel(self.workdir, self.step, sampling=sampling, ema=setting.ema)
 
 
 def run(
@@ -153,12 +171,12 @@ def measure(
     plan: Plan, setting: Setting, extractor: Extractor, reference: Reference, translation: np.ndarray | None
 ) -> dict[str, Any]:
     """A setting's result: metrics, `record`, and `without`, the FID without each part of the samples."""
-    model = plan.model(setting)
+    model = plan.weights.model(setting)
     generator = generator_of(model, plan.batch_size, plan.seed)
-    made = made_by(plan, model, extractor, reference)
+    made = made_by(plan, setting, extractor, reference)
     samples = Samples(
         generator, model.params, plan.num_samples, plan.labels, extractor,
-        folder=unfinished_folder(plan.workdir, {"sweep": record.plain(made)}),
+        folder=unfinished_folder(plan.weights.workdir, {"sweep": record.plain(made)}),
     )  # fmt: skip
     folds = Folds(plan.num_samples, plan.folds)
     with samples.locked():
@@ -174,11 +192,13 @@ def measure(
     }  # fmt: skip
 
 
-def made_by(plan: Plan, model: TrainedModel, extractor: Extractor, reference: Reference) -> dict[str, Any]:
+def made_by(plan: Plan, setting: Setting, extractor: Extractor, reference: Reference) -> dict[str, Any]:
     """What shapes a setting's result."""
+    model = plan.weights.model(setting)
     generator = generator_of(model, plan.batch_size, plan.seed)
     return {
-        **record.of_model(model.config, model.step, model.weights, model.params, generator), "labels": plan.labels,
+        **record.of_model(model.config, model.step, model.weights, plan.weights.checksum(setting), generator),
+        "labels": plan.labels,
         **record.of_measurement(extractor, reference),
     }  # fmt: skip
 
@@ -251,10 +271,8 @@ def check_found(output: Path, plan: Plan, setting: Setting, extractor: Extractor
     path = output / "settings" / f"{setting.name}.json"
     if not path.exists():
         return
-    found, model = read(path), plan.model(setting)
-    wanted = {
-        **found, record.NAME: made_by(plan, model, extractor, reference), "num_samples": plan.num_samples
-    }  # fmt: skip
+    found = read(path)
+    wanted = {**found, record.NAME: made_by(plan, setting, extractor, reference), "num_samples": plan.num_samples}
     changed = [line for line in changes(found, wanted) if not line.startswith("environment.")]
     if changed:
         raise UserError(

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from sra_jax.data.dataset import Dataset, Decoder, Example
 
@@ -21,6 +20,8 @@ class Digits:
     """Random access to the scans: `image` (8,8,1) uint8 in 0..16 and `label` () int32."""
 
     def __init__(self) -> None:
+        from sklearn.datasets import load_digits  # seconds, which the other sets need not wait
+
         scans, labels = load_digits(return_X_y=True)
         self.images = scans.reshape(-1, 8, 8, 1).astype(np.uint8)
         self.labels = labels.astype(np.int32)

@@ -10,18 +10,20 @@ has seen.
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
-from sklearn.svm import SVC
 from tqdm import tqdm
 
 from sra_jax.data import digits, digits_captions
 from sra_jax.data.digits_captions import SCAN, SIDE, Content
 from sra_jax.runs.state import Params
 from sra_jax.sampling.generation import Generator
+
+if TYPE_CHECKING:
+    from sklearn.svm import SVC
 
 BLANK, OTHER = 10, 11
 """Classes of a strip beside the ten digits."""
@@ -92,7 +94,7 @@ class Judge:
       accuracy: share of `TESTED` real canvases of unseen scans that it judges right, pairs and single digits.
     """
 
-    machine: SVC
+    machine: "SVC"
     accuracy: float
 
     def right(self, images: np.ndarray, asked: Sequence[Content]) -> np.ndarray:
@@ -111,7 +113,7 @@ def shown_right(seen: np.ndarray, expected: np.ndarray) -> np.ndarray:
     return np.all(right, axis=1)
 
 
-def classes_of(machine: SVC, images: np.ndarray) -> np.ndarray:
+def classes_of(machine: "SVC", images: np.ndarray) -> np.ndarray:
     """The judged classes of the strips of each image (N,16,16,1) uint8, (N,3)."""
     return machine.predict(strips(images).reshape(len(images) * len(LEFTS), -1) / LEVEL).reshape(-1, len(LEFTS))
 
@@ -119,6 +121,8 @@ def classes_of(machine: SVC, images: np.ndarray) -> np.ndarray:
 @functools.cache
 def trained_judge(count: int = CANVASES) -> Judge:
     """The judge, trained in seconds, the same every time, on so many canvases."""
+    from sklearn.svm import SVC  # seconds, which only who judges waits
+
     images, classes = canvases("judge", count, seed=0)
     machine = SVC(gamma=0.001, C=10).fit(strips(images).reshape(classes.size, -1) / LEVEL, classes.ravel())
     unseen, expected = canvases("unseen", TESTED, seed=1)

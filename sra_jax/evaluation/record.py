@@ -30,21 +30,20 @@ AGREES = 1e-3
 
 
 def of_model(
-    config: ConfigDict, step: int, weights: str, params: Mapping[str, Any], generator: Generator
+    config: ConfigDict, step: int, weights: str, checksum: str, generator: Generator
 ) -> dict[str, Any]:
-    """Of a run's own samples: which parameters, and how images are made of them. All processes call it together.
+    """Of a run's own samples: which parameters, and how images are made of them.
 
     Args:
       config: the run's.
       step: of the checkpoint.
       weights: which of its trees, as `TrainedModel.weights` says it.
-      params: the tree.
+      checksum: the tree's, by `params_checksum`.
       generator: makes the images.
     """
     return {
         "checkpoint": {
-            "run": config.name, "step": step, "weights": weights,
-            "checksum": tree_checksum({"model": params["model"]}),
+            "run": config.name, "step": step, "weights": weights, "checksum": checksum,
         },
         "dtype": config.dtype, "sampling": plain(generator.describe()), "decoder": generator.decoder_weights(),
     }  # fmt: skip
@@ -80,9 +79,12 @@ def plain(values: Any) -> Any:
     return json.loads(json.dumps(values))
 
 
-def tree_checksum(tree: Mapping[str, Any]) -> str:
-    """16 hexadecimal digits that stand for all names and bits of a tree of arrays, however it lies on devices."""
-    sums, _ = checksums.arrays(tree)
+def params_checksum(params: Mapping[str, Any]) -> str:
+    """16 hexadecimal digits that stand for all names and bits of the network in `params`, however it lies on devices.
+
+    All processes call it together.
+    """
+    sums, _ = checksums.arrays({"model": params["model"]})
     return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()[:16]
 
 

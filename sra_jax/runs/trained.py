@@ -1,10 +1,12 @@
 """A trained model as the tools use it: config, one parameter tree of one checkpoint, devices."""
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+from ml_collections import ConfigDict
 
 from sra_jax import config as config_lib
 from sra_jax import files, remote
@@ -51,22 +53,10 @@ class TrainedModel:
         if ema and weights != "ema":
             raise UserError(f"--ema={ema} names an EMA, and {weights} are asked for; leave out one of the two")
         self.workdir = workdir
-        self.config = config_lib.read(workdir / CONFIG)
-        compilation_cache.use(self.config.compilation_cache)
-        with self.config.unlocked():
-            with self.config.sampling.ignore_type():  # DDPM's steps are a number or a list of sections
-                # Who does not sample does not guide: a run whose null label was never trained can be looked into.
-                self.config.sampling.update({"guidance_scale": 1.0} if sampling is None else sampling)
-            self.config.mesh.update(data=-1, fsdp=1, model=1)  # the run's own mesh may have been a pod
-            if self.config.model.attention != "plain":
-                self.config.model.attention = "auto"  # and so may its kind of devices
-            self.config.accumulation = 1
-            self.config.batch_size *= jax.device_count()  # these devices can share it, and the method is content
-        config_lib.check(self.config, jax.device_count())
+        self._trained_with = config_lib.read(workdir / CONFIG)
+        compilation_cache.use(self._trained_with.compilation_cache)
+        self.config = self._config(sampling)
         self.class_names = class_names.read(workdir, self.config.data.num_classes)
-        methods = config_lib.methods_of(self.config)
-        if (sampling or {}).get("correction") and not methods.correcting:
-            raise UserError(f"--correction: {workdir} was trained with {methods.name}, which shifts no velocity")
         self.mesh = sharding.make_mesh(config_lib.mesh_shape(self.config, jax.device_count()))
         self.networks = Networks(self.config)
         name = ema or self.config.ema.sampled
@@ -83,6 +73,34 @@ class TrainedModel:
             self.step, self.params = checkpoints.read(step, reading)
         finally:
             checkpoints.close()
+
+    def resampled(self, sampling: Mapping[str, Any]) -> "TrainedModel":
+        """The same parameters with other values of the `sampling` section; nothing is read again.
+
+        Raises:
+          UserError: sampling values that cannot work.
+        """
+        other = copy.copy(self)
+        other.config = self._config(sampling)
+        return other
+
+    def _config(self, sampling: Mapping[str, Any] | None) -> ConfigDict:
+        """The run's own, made to fit these devices."""
+        config = self._trained_with.copy_and_resolve_references()
+        with config.unlocked():
+            with config.sampling.ignore_type():  # DDPM's steps are a number or a list of sections
+                # Who does not sample does not guide: a run whose null label was never trained can be looked into.
+                config.sampling.update({"guidance_scale": 1.0} if sampling is None else sampling)
+            config.mesh.update(data=-1, fsdp=1, model=1)  # the run's own mesh may have been a pod
+            if config.model.attention != "plain":
+                config.model.attention = "auto"  # and so may its kind of devices
+            config.accumulation = 1
+            config.batch_size *= jax.device_count()  # these devices can share it, and the method is content
+        config_lib.check(config, jax.device_count())
+        methods = config_lib.methods_of(config)
+        if (sampling or {}).get("correction") and not methods.correcting:
+            raise UserError(f"--correction: {self.workdir} was trained with {methods.name}, which shifts no velocity")
+        return config
 
     def _abstract(self) -> Params:
         shapes = jax.eval_shape(self.networks.init, jax.random.key(0))

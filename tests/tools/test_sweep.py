@@ -8,9 +8,11 @@ import pytest
 
 from sra_jax import files
 from sra_jax.benchmarks import sweep
+from sra_jax.evaluation import record
 from sra_jax.evaluation.frechet import frechet_distance
 from sra_jax.evaluation.reference import Reference
 from sra_jax.evaluation.statistics import gaussian_statistics
+from sra_jax.runs.trained import TrainedModel
 from tests.in_process import call
 
 FLAGS = (
@@ -51,6 +53,19 @@ def test_a_setting_is_what_fid_measures(swept, tmp_path):
     ), json.loads(done.stdout)
     for name in ("fid", "accuracy"):
         assert measured[name] == pytest.approx(single[name], rel=1e-6)
+
+
+def test_settings_share_the_parameters_of_their_ema(swept):
+    """They are read once, whatever the settings; each has its own way of sampling."""
+    output, _, _ = swept
+    plain = TrainedModel(output.parent / "run", sampling={})
+    weights = sweep.Weights(plain, {})
+    first, second = (sweep.Setting(scale, (0.0, 1.0), plain.config.ema.sampled, 2) for scale in (1.5, 3.0))
+    models = [weights.model(setting) for setting in (first, second)]
+    assert all(model.params is plain.params for model in models)
+    assert [model.config.sampling.guidance_scale for model in models] == [1.5, 3.0]
+    assert plain.config.sampling.guidance_scale not in (1.5, 3.0)
+    assert weights.checksum(first) == record.params_checksum(plain.params) == weights.checksum(second)
 
 
 def test_table_numbers_and_map(swept):
