@@ -50,9 +50,13 @@ LONG_ROOMS = ("tools", "training", "distributed", "runs", "planning", "models", 
 
 FAST_ROOMS = ("config", "data", "diffusion", "methods", "models")
 NOT_FAST = (
+    "test_a_network_on_a_mesh_attends_as_one_on_a_device", "test_a_run_keeps_the_mean_and_its_tools_use_it",
     "test_compiled_size_does_not_grow_with_depth", "test_ddim_with_eta_one_is_ddpm_with_the_small_variance",
-    "test_features_are_of_each_image_alone", "test_initialisation_as_pytorchs", "test_remat_changes_no_gradient",
-    "test_scan_and_stops_equal_a_plain_loop", "test_tfds", "test_worker_processes_change_nothing",
+    "test_each_pulls_the_tokens_as_it_does_alone", "test_features_are_of_each_image_alone",
+    "test_groups_are_the_computation_of_every_token_by_itself", "test_initialisation_as_pytorchs",
+    "test_one_pass_of_the_student_and_one_of_the_teacher_whatever_the_sum", "test_remat_changes_no_gradient",
+    "test_scan_and_stops_equal_a_plain_loop", "test_tfds",
+    "test_the_loss_is_least_where_the_correction_gives_the_velocity", "test_worker_processes_change_nothing",
     "test_worker_processes_read_the_same",
 )  # fmt: skip
 

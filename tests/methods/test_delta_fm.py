@@ -65,12 +65,13 @@ def minimiser(method, process, dropout, weight, rows=3000, batches=8):
     ("keys", "process"),
     [
         ({}, Interpolant()),
-        ({"drop_null": True}, Interpolant(path="cosine")),
-        ({}, Interpolant(path="cosine", time_distribution="logit_normal")),
-        ({"negatives": "other_label"}, Interpolant()),
-        ({"negatives": "other_label", "drop_null": True}, Interpolant()),
+        ({"negatives": "other_label", "drop_null": True}, Interpolant(path="cosine")),
+        pytest.param({"drop_null": True}, Interpolant(path="cosine"), marks=pytest.mark.slow),
+        pytest.param({}, Interpolant(path="cosine", time_distribution="logit_normal"), marks=pytest.mark.slow),
+        pytest.param({"negatives": "other_label"}, Interpolant(), marks=pytest.mark.slow),
+        pytest.param({"negatives": "other_label", "drop_null": True}, Interpolant(), marks=pytest.mark.slow),
     ],
-    ids=["all", "drop_null", "logit_normal", "other_label", "other_label, drop_null"],
+    ids=["all", "other_label, drop_null, cosine", "drop_null", "logit_normal", "other_label", "other_label, drop_null"],
 )  # fmt: skip
 def test_the_loss_is_least_where_the_correction_gives_the_velocity(keys, process):
     """Negatives, anchors and weights are those that training draws; without the method's term the best is u itself."""

@@ -85,7 +85,9 @@ def reference_gradient():
     return jax.jit(jax.grad(loss))(params)
 
 
-@pytest.mark.parametrize("remat", REMAT_POLICIES)
+@pytest.mark.parametrize(
+    "remat", [pytest.param(name, marks=() if name == "dots" else pytest.mark.slow) for name in REMAT_POLICIES]
+)
 def test_remat_changes_no_gradient(remat):
     found = gradient(dataclasses.replace(TINY, remat=remat))
     for expected, actual in zip(jax.tree.leaves(reference_gradient()), jax.tree.leaves(found), strict=True):

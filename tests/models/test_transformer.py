@@ -165,7 +165,9 @@ def test_later_blocks_have_no_influence_and_no_cost():
     assert cut_flops < whole_flops
 
 
-@pytest.mark.parametrize("remat", REMAT_POLICIES)
+@pytest.mark.parametrize(
+    "remat", [pytest.param(name, marks=() if name == "dots" else pytest.mark.slow) for name in REMAT_POLICIES]
+)
 def test_remat_changes_no_gradient(remat):
     def gradient(policy):
         graphdef, params = networks(TransformerConfig(**{**vars(TINY), "remat": policy}))

@@ -265,11 +265,13 @@ def of_method(name, **keys):
     return step_program(devices=1, changes=tuple(changes.items()))[0].cost()
 
 
+@pytest.mark.slow
 def test_two_times_an_example_cost_no_more_than_one():
     """Two modulations an example, selected a token, where one a token would cost half a step more."""
     assert 1 < of_method("self_flow").flops / of_method("sra").flops < 1.01
 
 
+@pytest.mark.slow
 def test_one_group_is_no_groups():
     """Its program is that of a method which knows none."""
     one, none = of_method("dts_as", ratios=(1.0,), distance="smooth_l1"), of_method("sra")

@@ -30,7 +30,7 @@ def recipe(**changes):
     config.update_from_flattened_dict({
         "model.width": 32, "model.depth": 2, "model.heads": 2, "alignment.teacher_block": 2, "batch_size": 16,
         "optimizer.warmup_steps": 0, "log_every": 4, "sample_every": 0, "checkpoint_every": 4, "keep": 1,
-        "keep_every": 8, "ema.decay": 0.8, "ema.profiles": TRACKED, "steps": 40, "sampling.steps": 2, **changes,
+        "keep_every": 8, "ema.decay": 0.8, "ema.profiles": TRACKED, "steps": 20, "sampling.steps": 2, **changes,
     })  # fmt: skip
     return config
 
@@ -129,13 +129,13 @@ def test_a_profile_made_afterwards_is_the_one_tracked_directly(name, worst, end)
 
 @pytest.fixture(scope="module")
 def averaged(tmp_path_factory):
-    """The workdir of a run with further EMAs, of forty steps at once."""
+    """The workdir of a run with further EMAs, of twenty steps at once, all of its checkpoints kept."""
     workdir = tmp_path_factory.mktemp("averaged") / "run"
-    loop.train(recipe(), workdir)
+    loop.train(recipe(keep=5), workdir)
     return workdir
 
 
-def saved(workdir, step=40):
+def saved(workdir, step=20):
     with ocp.CheckpointManager(
         workdir / "checkpoints", item_names=("params", "ema", "opt_state", "profiles"),
         options=ocp.CheckpointManagerOptions(read_only=True),
@@ -151,7 +151,7 @@ def test_a_resumed_run_has_the_same_averages(averaged, tmp_path):
     assert set(expected["profiles"]) == set(TRACKED.split(","))
     jax.tree.map(np.testing.assert_array_equal, saved(tmp_path), expected)
     folders = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
-    assert folders == [8, 16, 24, 32, 40]  # every eighth step for good
+    assert folders == [8, 16, 20]  # every eighth step for good, and the newest
     with pytest.raises(UserError, match=r"ema.profiles='0.5,power:.*', not '0.5'.*cannot begin later"):
         loop.train(recipe(**{"ema.profiles": "0.5"}), tmp_path, allow_config_change=True)
 
@@ -194,10 +194,10 @@ def test_the_tools_take_any_of_them(averaged, tmp_path):
 def test_a_real_run_s_average_made_afterwards_is_near_the_tracked_one(averaged):
     """power:0.1 from power:0.05 and power:0.2, five times each: less than half as far off as the nearer of the two."""
     content = saved(averaged)["profiles"]
-    steps = (8, 16, 24, 32, 40)
+    steps = (4, 8, 12, 16, 20)
     others = [profile("", name) for name in ("power:0.05", "power:0.2")]
     snapshots = [(one.gamma, step) for step in steps for one in others]
-    weights, _ = combination(snapshots, (profile("", "power:0.1").gamma, 40))
+    weights, _ = combination(snapshots, (profile("", "power:0.1").gamma, 20))
     flat = {step: saved(averaged, step)["profiles"] for step in steps}
 
     def vector(tree):

@@ -12,6 +12,7 @@ from tests.conftest import run
 SMOKE = "--config=configs/sit_b2.py:smoke"
 
 
+@pytest.mark.slow
 def test_train_step(tmp_path):
     report = tmp_path / "r.json"
     done = run("tools/benchmark.py", "train_step", SMOKE, "--config.batch_size=4", "--repeats=2", f"--json={report}")

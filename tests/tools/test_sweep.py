@@ -60,11 +60,11 @@ def test_settings_share_the_parameters_of_their_ema(swept):
     output, _, _ = swept
     plain = TrainedModel(output.parent / "run", sampling={})
     weights = sweep.Weights(plain, {})
-    first, second = (sweep.Setting(scale, (0.0, 1.0), plain.config.ema.sampled, 2) for scale in (1.5, 3.0))
+    first, second = (sweep.Setting(scale, (0.0, 1.0), plain.config.ema.sampled, 2) for scale in (1.25, 3.0))
     models = [weights.model(setting) for setting in (first, second)]
     assert all(model.params is plain.params for model in models)
-    assert [model.config.sampling.guidance_scale for model in models] == [1.5, 3.0]
-    assert plain.config.sampling.guidance_scale not in (1.5, 3.0)
+    assert [model.config.sampling.guidance_scale for model in models] == [1.25, 3.0]
+    assert plain.config.sampling.guidance_scale not in (1.25, 3.0)
     assert weights.checksum(first) == record.params_checksum(plain.params) == weights.checksum(second)
 
 

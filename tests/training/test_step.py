@@ -269,7 +269,11 @@ EVERYTHING = "self_flow+layersync+dispersive+delta_fm+sra2+repa"
 
 
 @pytest.mark.parametrize(
-    "name", [EVERYTHING, *(pytest.param(name, marks=pytest.mark.slow) for name in (*METHODS, "dts_as+delta_fm"))]
+    "name",
+    [
+        pytest.param(name, marks=() if name == "dispersive" else pytest.mark.slow)
+        for name in (*METHODS, "dts_as+delta_fm", EVERYTHING)
+    ],
 )
 def test_a_method_knows_neither_devices_nor_microbatches(name):
     """What compares examples compares those of the global batch."""

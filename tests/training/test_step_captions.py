@@ -53,6 +53,7 @@ def test_eight_devices_give_the_losses_of_one(data, fsdp, model):
         assert kernel.addressable_shards[0].data.size * fsdp * model == kernel.size
 
 
+@pytest.mark.slow
 def test_accumulation_changes_nothing():
     expected, whole = one_device()
     actual, parts = losses(recipe(accumulation=4), steps=3)

@@ -50,6 +50,7 @@ def test_a_killed_run_of_every_method_ends_as_one_that_was_not(variant, tmp_path
     assert np.load(tmp_path / "samples.npz")["arr_0"].shape == (3, 8, 8, 1)
 
 
+@pytest.mark.slow
 def test_repa_from_images_and_features_to_a_resumed_run(image_folder, tiny_vae, tmp_path):
     latents, arrays = tmp_path / "latents", tmp_path / "features"
     run("tools/prepare_latents.py", f"--source=imagefolder:{image_folder}", f"--vae={tiny_vae.folder}",
