@@ -226,10 +226,10 @@ def devices(arms: Sequence[Arm]) -> list[str]:
 
 
 def digits_of(name: str, arms: Sequence[Arm], step: int) -> int:
-    """Digits after the point: enough for three that count in the smallest standard error, or in the value."""
+    """Digits after the point: enough for two that count in the usual standard error, or for three in the value."""
     means = [Mean.of(list(values.values())) for arm in arms if (values := arm.by_seed(step, name))]
     sizes = [one.error for one in means if one.error] or [abs(one.mean) / 100 for one in means if one.mean]
-    return int(np.clip(1 - np.floor(np.log10(min(sizes))), 1, 6)) if sizes else 3
+    return int(np.clip(1 - np.floor(np.log10(np.median(sizes))), 1, 6)) if sizes else 3
 
 
 def tables(arms: Sequence[Arm]) -> list[str]:
@@ -244,6 +244,8 @@ def tables(arms: Sequence[Arm]) -> list[str]:
         f"({protocol['reference_count']} images), extractor {protocol['extractor']}. Mean ± standard error over seeds; "
         "in brackets the difference to the baseline of the same seed, mean ± standard error over the pairs.",
     ]
+    if name := next((name for name in SHOWN if name in shown_metrics(arms, steps_of(arms)[-1])), None):
+        lines += ["", f"{SHOWN[name]} by step:", "", *_by_step(arms, name)]
     for step in reversed(steps_of(arms)):
         lines += ["", f"Step {step}:", "", *_table(arms, step)]
     lines += ["", "Cost of a training step:", "", *_costs(arms)]
@@ -260,16 +262,24 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def _table(arms: Sequence[Arm], step: int) -> list[str]:
-    names = shown_metrics(arms, step)
-    digits = {name: digits_of(name, arms, step) for name in names}
-    lines = [_row(["method", "seeds", *(SHOWN[name] for name in names)]), _row(["---"] * (2 + len(names)))]
+    return _columns(arms, [(SHOWN[name], step, name) for name in shown_metrics(arms, step)])
+
+
+def _by_step(arms: Sequence[Arm], name: str) -> list[str]:
+    return _columns(arms, [(str(step), step, name) for step in steps_of(arms)])
+
+
+def _columns(arms: Sequence[Arm], columns: Sequence[tuple[str, int, str]]) -> list[str]:
+    """A row an arm; a column is its head, a step and a metric."""
+    digits = [digits_of(name, arms, step) for _, step, name in columns]
+    lines = [_row(["method", "seeds", *(head for head, _, _ in columns)]), _row(["---"] * (2 + len(columns)))]
     for arm in arms:
         baseline, cells = baseline_of(arm, arms), []
-        for name in names:
+        for (_, step, name), count in zip(columns, digits, strict=True):
             values = arm.by_seed(step, name)
-            text = Mean.of(list(values.values())).text(digits[name]) if values else ""
+            text = Mean.of(list(values.values())).text(count) if values else ""
             paired = difference(arm, baseline, functools.partial(Arm.by_seed, step=step, metric=name))
-            cells.append(f"{text} ({paired.text(digits[name], signed=True)})" if paired else text)
+            cells.append(f"{text} ({paired.text(count, signed=True)})" if paired else text)
         lines.append(_row([arm.name, ", ".join(map(str, sorted(arm.cells))), *cells]))
     return lines
 
