@@ -50,7 +50,7 @@ LONG_ROOMS = ("tools", "training", "distributed", "runs", "planning", "models", 
 
 FAST_ROOMS = ("config", "data", "diffusion", "methods", "models")
 NOT_FAST = (
-    "test_a_network_on_a_mesh_attends_as_one_on_a_device", "test_a_run_keeps_the_mean_and_its_tools_use_it",
+    "test_a_network_on_a_mesh_attends_as_one_on_a_device",
     "test_compiled_size_does_not_grow_with_depth", "test_ddim_with_eta_one_is_ddpm_with_the_small_variance",
     "test_each_pulls_the_tokens_as_it_does_alone", "test_features_are_of_each_image_alone",
     "test_groups_are_the_computation_of_every_token_by_itself", "test_initialisation_as_pytorchs",

@@ -193,6 +193,7 @@ def sampled(workdir, output, *flags, code=0):
     return done if code else np.load(output)["arr_0"].astype(int)
 
 
+@pytest.mark.slow
 def test_a_run_keeps_the_mean_and_its_tools_use_it(contrasted, tmp_path):
     workdir, config = contrasted
     path = workdir / latent_means.FILE

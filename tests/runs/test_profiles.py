@@ -144,6 +144,7 @@ def saved(workdir, step=20):
         return dict(manager.restore(step, args=ocp.args.Composite(**items)))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_same_averages(averaged, tmp_path):
     loop.train(recipe(steps=12), tmp_path)
     loop.train(recipe(), tmp_path)
@@ -191,6 +192,7 @@ def test_the_tools_take_any_of_them(averaged, tmp_path):
     np.testing.assert_array_equal(load_file(output)["final_layer.linear.bias"], bias)
 
 
+@pytest.mark.slow
 def test_a_real_run_s_average_made_afterwards_is_near_the_tracked_one(averaged):
     """power:0.1 from power:0.05 and power:0.2, five times each: less than half as far off as the nearer of the two."""
     content = saved(averaged)["profiles"]
@@ -209,6 +211,7 @@ def test_a_real_run_s_average_made_afterwards_is_near_the_tracked_one(averaged):
     assert error < 0.5 * nearest
 
 
+@pytest.mark.slow
 def test_a_new_run_begins_at_the_sampled_one(averaged):
     source = config_lib.read(averaged / "config.json")
     source.ema.sampled = "power:0.05"

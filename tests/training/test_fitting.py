@@ -105,6 +105,7 @@ def logged(workdir):
     return [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_run_chooses_and_says_so(undivided, tmp_path, capsys):
     """On eight devices whose memory is a little more than twice the state."""
     state = fitting.whole_state(open_recipe())
