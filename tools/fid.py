@@ -150,9 +150,7 @@ def _record_of_run(model: TrainedModel, generator: Generator, metrics: tuple[str
     sampling = record.given_sampling(generator.describe())
     return {
         "given": _given(metrics, step=model.step, **sampling),
-        **record.of_model(
-            model.config, model.step, model.weights, record.params_checksum(model.params), generator
-        ),
+        **record.of_model(model.config, model.step, model.weights, record.params_checksum(model.params), generator),
     }
 
 

@@ -65,9 +65,7 @@ class TrainingEvaluation:
         """The metrics of the EMA at this step, also written to evaluation/step_*.json. Empty but on process 0."""
         params = {"model": ema["model"]}
         weights = "ema" if self._ema == TEACHER else f"ema {self._ema}"
-        made = record.of_model(
-            self._config, step, weights, record.params_checksum(params), self._generator
-        )
+        made = record.of_model(self._config, step, weights, record.params_checksum(params), self._generator)
         if not self._leads:  # generating is everybody's work, measuring process 0's
             for _ in self._generator.images(params, self._count, LABELS):
                 pass
