@@ -244,7 +244,7 @@ def tables(arms: Sequence[Arm]) -> list[str]:
         f"({protocol['reference_count']} images), extractor {protocol['extractor']}. Mean ± standard error over seeds; "
         "in brackets the difference to the baseline of the same seed, mean ± standard error over the pairs.",
     ]
-    if name := next((name for name in SHOWN if name in shown_metrics(arms, steps_of(arms)[-1])), None):
+    for name in shown_metrics(arms, steps_of(arms)[-1])[:1]:
         lines += ["", f"{SHOWN[name]} by step:", "", *_by_step(arms, name)]
     for step in reversed(steps_of(arms)):
         lines += ["", f"Step {step}:", "", *_table(arms, step)]

@@ -30,7 +30,7 @@ from sra_jax.evaluation.samples import Samples, unfinished_folder
 from sra_jax.evaluation.statistics import Moments
 from sra_jax.inspection import plots
 from sra_jax.runs.trained import TrainedModel
-from sra_jax.sampling.generation import generator_of
+from sra_jax.sampling.generation import Generator, generator_of
 
 FORMAT = "sra_jax sweep setting 1"
 TABLE, SUMMARY, FIGURE = "sweep.md", "sweep.json", "sweep.png"
@@ -173,7 +173,7 @@ def measure(
     """A setting's result: metrics, `record`, and `without`, the FID without each part of the samples."""
     model = plan.weights.model(setting)
     generator = generator_of(model, plan.batch_size, plan.seed)
-    made = made_by(plan, setting, extractor, reference)
+    made = made_by(plan, setting, generator, extractor, reference)
     samples = Samples(
         generator, model.params, plan.num_samples, plan.labels, extractor,
         folder=unfinished_folder(plan.weights.workdir, {"sweep": record.plain(made)}),
@@ -192,10 +192,11 @@ def measure(
     }  # fmt: skip
 
 
-def made_by(plan: Plan, setting: Setting, extractor: Extractor, reference: Reference) -> dict[str, Any]:
-    """What shapes a setting's result."""
+def made_by(
+    plan: Plan, setting: Setting, generator: Generator, extractor: Extractor, reference: Reference
+) -> dict[str, Any]:
+    """What shapes a setting's result, whose images the generator makes."""
     model = plan.weights.model(setting)
-    generator = generator_of(model, plan.batch_size, plan.seed)
     return {
         **record.of_model(model.config, model.step, model.weights, plan.weights.checksum(setting), generator),
         "labels": plan.labels,
@@ -272,7 +273,9 @@ def check_found(output: Path, plan: Plan, setting: Setting, extractor: Extractor
     if not path.exists():
         return
     found = read(path)
-    wanted = {**found, record.NAME: made_by(plan, setting, extractor, reference), "num_samples": plan.num_samples}
+    generator = generator_of(plan.weights.model(setting), plan.batch_size, plan.seed)
+    made = made_by(plan, setting, generator, extractor, reference)
+    wanted = {**found, record.NAME: made, "num_samples": plan.num_samples}
     changed = [line for line in changes(found, wanted) if not line.startswith("environment.")]
     if changed:
         raise UserError(
