@@ -4,7 +4,7 @@ It says what is there; compares loss, gradients and ten steps with the CPU's, in
 every implementation of attention that can run; times the training step of SiT-B/2 and SiT-XL/2 with SRA and without, at
 the largest batch that fits, beside the same step in PyTorch where that is installed; times the sampler, the VAE and the
 FID network; and kills a run and starts it again. No data and no weights are needed. Each part runs in a process of its
-own; one that fails is reported, and the rest goes on. A host with a GPU or a TPU takes less than eight minutes.
+own; one that fails is reported, and the rest goes on. A host with a GPU or a TPU takes about eight minutes.
 
 --output=FOLDER gets acceptance.json, all figures, and acceptance.md, the table that is printed, too. Until then
 finished parts lie in unfinished.json there, and the same command goes on where it was stopped. --quick does everything

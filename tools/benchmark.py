@@ -32,6 +32,9 @@ Examples:
     # tracing and compiling at the first start and at the second, of training and of sampling
     python tools/benchmark.py start --recipes=sit_b2:smoke,dit_b2:smoke
 
+    # encoding, the FID network and the metrics beside PyTorch, as the table of docs/speed.md
+    python tools/benchmark.py beside --repeats=3
+
     # reading latents; encoding images; the FID network; the metrics: options by --help
     python tools/benchmark.py data --folder=FOLDER
     python tools/benchmark.py vae --folder=FOLDER
@@ -54,7 +57,7 @@ from ml_collections import ConfigDict
 from configs import sit_xl2
 from sra_jax import cli, files, remote, values
 from sra_jax import config as config_lib
-from sra_jax.benchmarks import data, evaluation, measure, start
+from sra_jax.benchmarks import data, evaluation, measure, start, tasks
 from sra_jax.config import flag as config_flag
 from sra_jax.distributed import chips
 from sra_jax.errors import UserError
@@ -65,7 +68,7 @@ FLAGS = flags.FLAGS
 ELSEWHERE = {
     "data": data.read, "vae": data.encode, "inception": evaluation.network, "metrics": evaluation.metrics,
 }  # fmt: skip
-COMMANDS = ("train_step", "growth", "compile", "sampler", "table", "methods", "start", *ELSEWHERE)
+COMMANDS = ("train_step", "growth", "compile", "sampler", "table", "methods", "start", "beside", *ELSEWHERE)
 
 
 def define_flags() -> None:
@@ -78,6 +81,10 @@ def define_flags() -> None:
     flags.DEFINE_list("methods", list(METHODS), "methods: which of them, as --config.method.name takes them.")
     flags.DEFINE_string("topology", None, "methods: also a chip's memory for SiT-XL/2 on this TPU slice; needs libtpu.")
     flags.DEFINE_list("recipes", ["sit_b2:smoke"], "start: recipes of configs/, NAME or NAME:VARIANT, as they are.")
+    cli.whole_flag("images", 4, "beside: images at a time, of the VAE and of the FID network.", 1, values.BATCH_LIMIT)
+    cli.whole_flag("image_size", 256, "beside: their height and width.", 32, 16_384)
+    cli.whole_flag("features", 10_000, "beside: features of each of the two sets.", 20, 1_000_000)
+    flags.DEFINE_bool("small_vae", False, "beside: a VAE of a hundredth of the size, to try the command.")
     cli.path_flag("json", None, "Write the result to this file, too; an old one is replaced.")
     flags.DEFINE_bool("keep_dtype", False, "Keep the recipe's dtype; by default float32, which CPUs compute in.")
 
@@ -135,7 +142,14 @@ def main(command: str) -> None:
         return
     if FLAGS.json:
         files.check_output("--json", FLAGS.json, overwrite=True)
-    if command == "start":
+    if command == "beside":
+        if missing := tasks.missing_peers():
+            raise UserError(
+                f"beside needs {', '.join(missing)}: python -m pip install -r tests/parity/requirements.txt"
+            )
+        sizes = tasks.Sizes(FLAGS.images, FLAGS.image_size, FLAGS.features, FLAGS.small_vae)
+        result = measure.beside(sizes, FLAGS.repeats)
+    elif command == "start":
         result = start.table([recipe(name) for name in FLAGS.recipes], measure.say)
     else:
         result = measured(command)

@@ -172,7 +172,9 @@ def _compiled_once() -> Iterator[None]:
 def _in_process(name: str, settings: Settings, limit: float) -> Result:
     with tempfile.TemporaryDirectory(prefix="accept_") as folder:
         path = Path(folder) / "result.json"
-        process = multiprocessing.get_context("spawn").Process(target=_part, args=(name, settings, str(path)))
+        context = multiprocessing.get_context("forkserver")  # libraries are loaded once, and no device is opened there
+        context.set_forkserver_preload(["sra_jax.benchmarks.acceptance_parts"])
+        process = context.Process(target=_part, args=(name, settings, str(path)))
         process.start()
         try:
             process.join(limit)

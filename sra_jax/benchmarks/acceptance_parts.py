@@ -1,5 +1,6 @@
 """The parts of the acceptance run (acceptance.py); each is called in a process of its own."""
 
+import concurrent.futures
 import functools
 import importlib.metadata
 import importlib.util
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from sra_jax.errors import UserError
 from sra_jax.evaluation.extractors import build_extractor
 from sra_jax.models import attention
 from sra_jax.models.autoencoder import Autoencoder, AutoencoderConfig, abstract_model
+from sra_jax.training import fitting
 from sra_jax.training import program as program_lib
 
 PACKAGES = (
@@ -65,7 +67,7 @@ def timed(run: Callable[[], Any], repeats: int) -> float:
 
 def matmul_rate(dtype: str, side: int, repeats: int) -> float:
     """Operations a second of one device in products of square matrices."""
-    a = jnp.ones((side, side), dtype)
+    a = jax.random.normal(jax.random.key(0), (side, side), dtype)  # equal numbers cost a chip less power, hence time
     precision = "highest" if dtype == "float32" else "default"
     return 2 * side**3 / timed(functools.partial(jax.jit(lambda a: jnp.matmul(a, a, precision=precision)), a), repeats)
 
@@ -98,13 +100,19 @@ def small_recipe(settings: Settings, dtype: str) -> ConfigDict:
     """The first recipe's method in a small network with heads of 72 channels and 256 tokens (quick: 64)."""
     config = config_lib.from_json(next(iter(settings.recipes.values())))
     config.update_from_flattened_dict({
-        "dtype": dtype, "accumulation": 1, "model.depth": 4, "model.width": 144, "model.heads": 2,
+        "dtype": dtype, "accumulation": 1, "model.depth": 3, "model.width": 144, "model.heads": 2,
         "model.remat": "dots", "batch_size": 4 if settings.quick else 16,
         "data.image_size": 16 if settings.quick else 32, "data.num_classes": 10,
         "data.name": "synthetic", "data.path": "", "data.workers": 0,
         "alignment.student_block": 1, "alignment.teacher_block": 3, "optimizer.clip_norm": 0.0,
     })  # fmt: skip
     return config
+
+
+def at_once(*tasks: Callable[[], Any]) -> list[Any]:
+    """The results of calls that mostly compile, in threads: a compiler leaves cores idle."""
+    with concurrent.futures.ThreadPoolExecutor(len(tasks)) as pool:
+        return [each.result() for each in [pool.submit(task) for task in tasks]]
 
 
 class OneDevice:
@@ -122,6 +130,8 @@ class OneDevice:
         self._program = program_lib.build(config, self._mesh, dataset, STEPS)
         examples = [dataset.source[i] for i in range(config.batch_size)]
         self._batch = {key: np.stack([example[key] for example in examples]) for key in examples[0]}
+        shapes = program_lib.abstract_batch(dataset, config.batch_size, self._mesh)
+        self._step = self._program.train_step.lower(self._program.state, shapes).compile()
 
     def start(self) -> Any:
         """A state, as NumPy arrays, in whose parameters nothing is zero, so that each has a gradient."""
@@ -136,7 +146,7 @@ class OneDevice:
         state = jax.tree.map(lambda x: jax.device_put(np.array(x), whole), state)
         batch, losses, gradient = sharding.put_batch(self._batch, self._mesh), [], None
         for _ in range(STEPS):
-            state, metrics = self._program.train_step(state, batch)
+            state, metrics = self._step(state, batch)
             losses.append(float(metrics["loss"]))
             if gradient is None:  # what Adam's running mean has of it
                 mean = optax.tree.get(state.opt_state, "mu")
@@ -160,14 +170,15 @@ def measure_equality(settings: Settings) -> Result:
         raise UserError(
             f"JAX does not see the CPU beside the accelerator ({str(error).splitlines()[0]}): unset JAX_PLATFORMS"
         ) from error
-    device = jax.devices()[0]
-    exact = OneDevice(small_recipe(settings, "float32"), cpu)
+    wanted = [("float32", cpu), *((dtype, jax.devices()[0]) for dtype in BOUNDS)]
+    distinct = dict.fromkeys(wanted)
+    made = at_once(*(functools.partial(OneDevice, small_recipe(settings, dtype), device) for dtype, device in distinct))
+    sides = dict(zip(distinct, made, strict=True))
+    exact, *others = (sides[key] for key in wanted)
     start = exact.start()
     losses, gradient = exact.run(start)
     rows, figures = [], {}
-    for dtype, bounds in BOUNDS.items():
-        same = device == cpu and dtype == "float32"
-        ours = exact if same else OneDevice(small_recipe(settings, dtype), device)
+    for (dtype, bounds), ours in zip(BOUNDS.items(), others, strict=True):
         found, found_gradient = ours.run(start)
         apart = [abs(a - b) / abs(b) for a, b in zip(found, losses, strict=True)]
         figures[dtype] = {"loss": apart[0], "gradient": difference(found_gradient, gradient), "ten steps": max(apart)}
@@ -182,26 +193,38 @@ def measure_equality(settings: Settings) -> Result:
 def measure_attention(settings: Settings) -> Result:
     """Every implementation at heads of 64 and 72 channels, 256 and 1,024 tokens."""
     kind = sharding.platform(jax.devices()[0])
-    rows, figures = [], []
     sizes = [(1, 2, 128)] if settings.quick else [(32, 16, 256), (8, 16, 1024)]
+    cases = {}
     for (batch, heads, tokens), head in itertools.product(sizes, (64, 72)):
+        case = attention.Case(kind, jnp.bfloat16, head, tokens)
         inputs = _inputs(batch, tokens, heads, head)
-        exact = _with_gradient(attention.operations.attend, jax.lax.Precision.HIGHEST)
-        expected = exact(*(x.astype(jnp.float32) for x in inputs))
-        for name, implementation in attention.IMPLEMENTATIONS.items():
+        refusals = {name: one.refusal(case) for name, one in attention.IMPLEMENTATIONS.items()}
+        cases[tokens, head] = inputs, refusals
+    tasks: dict[Any, Callable[[], Any]] = {
+        (tokens, head, name): _with_gradient(attention.IMPLEMENTATIONS[name].attend, jax.lax.Precision.DEFAULT, inputs)
+        for (tokens, head), (inputs, refusals) in cases.items() for name, reason in refusals.items() if not reason
+    }  # fmt: skip
+    for (tokens, head), (inputs, _) in cases.items():
+        wide = [x.astype(jnp.float32) for x in inputs]
+        tasks[tokens, head, None] = _with_gradient(attention.operations.attend, jax.lax.Precision.HIGHEST, wide)
+    compiled = dict(zip(tasks, at_once(*tasks.values()), strict=True))
+    rows, figures = [], []
+    for (tokens, head), (inputs, refusals) in cases.items():
+        expected = compiled[tokens, head, None](*(x.astype(jnp.float32) for x in inputs))
+        for name, reason in refusals.items():
             what = f"{name}, {tokens} tokens, heads of {head}"
-            if reason := implementation.refusal(attention.Case(kind, jnp.bfloat16, head, tokens)):
+            if reason:
                 rows.append(row(what, f"left out: it {reason}"))
                 continue
-            run = functools.partial(_with_gradient(implementation.attend, jax.lax.Precision.DEFAULT), *inputs)
+            run = functools.partial(compiled[tokens, head, name], *inputs)
             apart = max(
                 float(jnp.abs(got.astype(jnp.float32) - wanted).max() / jnp.abs(wanted).max())
                 for got, wanted in zip(run(), expected, strict=True)
             )
             seconds = timed(run, 3 if settings.quick else 20)
             figures.append({
-                "implementation": name, "tokens": tokens, "head": head, "batch": batch, "heads": heads,
-                "seconds": seconds, "difference": apart,
+                "implementation": name, "tokens": tokens, "head": head, "batch": inputs[0].shape[0],
+                "heads": inputs[0].shape[3], "seconds": seconds, "difference": apart,
             })  # fmt: skip
             measured = f"{seconds * 1e3:.2f} ms forward and backward, differs by {apart:.1e}"
             rows.append(row(what, measured, bool(apart <= ATTENTION_BOUND)))
@@ -216,29 +239,36 @@ def _inputs(batch: int, tokens: int, heads: int, head: int) -> tuple[jax.Array, 
     return qkv, cotangent
 
 
-def _with_gradient(attend: attention.Attend, precision: Any) -> Callable[..., tuple[jax.Array, ...]]:
-    """The output and the gradient of queries, keys and values, compiled."""
+def _with_gradient(attend: attention.Attend, precision: Any, inputs: Sequence[jax.Array]) -> Callable[[], Any]:
+    """Compiles what gives the output and the gradient of queries, keys and values."""
 
     def both(qkv: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, ...]:
         output, vjp = jax.vjp(lambda qkv: attend(qkv, precision), qkv)
         return output, *vjp(cotangent)
 
-    return jax.jit(both)
+    return lambda: jax.jit(both).lower(*inputs).compile()
 
 
 def largest_batch(config: ConfigDict) -> tuple[ConfigDict, JaxSide]:
     """The recipe with the largest batch of `BATCHES`, up to its own, that this machine's devices hold, ready to run.
 
+    Less is recomputed where that leaves the batch as it is. What by an estimate fills the memory is not compiled.
+
     Raises:
       UserError: none does.
     """
     limit = memory_bytes()
-    reason = ""
-    for batch in BATCHES:
+    state, reason = fitting.whole_state(config), ""
+    policies = [config.model.remat]
+    if config.model.remat == config_lib.AUTO:
+        policies = ["gelu", "dots"] if sharding.is_gpu() else ["dots"]
+    for batch, remat in itertools.product(BATCHES, policies):
         if batch > config.batch_size or batch % jax.device_count():
             continue
-        changed = config.copy_and_resolve_references()
-        changed.batch_size = batch
+        changed = fitting.with_settings(config, {"batch_size": batch, "model.remat": remat})
+        if limit and (least := fitting.least_bytes(changed, jax.device_count(), state)) > fitting.FULL * limit:
+            reason = f"batch {batch} needs {least / 1e9:.1f} GB or more of {limit / 1e9:.1f} GB"
+            continue
         side = JaxSide(config_lib.to_json(changed))
         if limit and (needed := side.needed("method")) > limit:
             reason = f"batch {batch} needs {needed / 1e9:.1f} GB of {limit / 1e9:.1f} GB"
@@ -289,7 +319,7 @@ def measure_train_step(settings: Settings) -> Result:
             "compile_seconds": compiled,
         }  # fmt: skip
         rows.append(row(
-            f"{name}, batch {config.batch_size}, {config.dtype}",
+            f"{name}, batch {config.batch_size}, {config.dtype}, remat {figures[name]['remat']}",
             f"{with_method * 1e3:.1f} ms with {figures[name]['method']}, {without * 1e3:.1f} ms without; "
             f"{config.batch_size / with_method:.1f} images/s, {flops / with_method / 1e12:.2f} TFLOP/s, "
             f"{flops / with_method / rate:.0%} of the product's rate",

@@ -14,7 +14,6 @@ import json
 import resource
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -25,6 +24,7 @@ import numpy as np
 from absl import flags
 
 from sra_jax import cli, values
+from sra_jax.benchmarks.tasks import untrained_inception
 from sra_jax.evaluation import evaluate
 from sra_jax.evaluation.extractors import build_extractor
 from sra_jax.evaluation.features import Extractor, extract_features
@@ -51,15 +51,8 @@ def peer_network() -> Callable[[np.ndarray], None] | None:
     if importlib.util.find_spec("torch_fidelity") is None:
         return None
     import torch
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    class Untrained(FeatureExtractorInceptionV3):
-        def load_state_dict(self, state_dict: Any) -> None:
-            return None
-
-    with tempfile.NamedTemporaryFile(suffix=".pth") as file:
-        torch.save({}, file.name)
-        network = Untrained("untrained", ["2048", "logits_unbiased"], file.name)
+    network = untrained_inception()
 
     def run(images: np.ndarray) -> None:
         with torch.no_grad():

@@ -1,6 +1,8 @@
 """What the benchmark makes of its sides: they take turns, and figures become ratios and tables."""
 
+import dataclasses
 import functools
+import json
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +11,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from sra_jax import config as config_lib
-from sra_jax.benchmarks.sides import Remote
+from sra_jax.benchmarks import tasks
+from sra_jax.benchmarks.sides import Remote, compiler_there
 from sra_jax.errors import UserError
 
 
@@ -44,7 +47,10 @@ def say(text: str) -> None:
 
 
 def train_step(config: ConfigDict, peer: str, repeats: int, peer_large_pages: bool = False) -> dict[str, Any]:
-    """Our step with the recipe's method and without, and the peer's with a full, a truncated and no teacher."""
+    """Our step with the recipe's method and without, and the peer's with a full, a truncated and no teacher.
+
+    The peer runs as it is, eagerly; with torch.compile, too, where there is a C++ compiler.
+    """
     text = config_lib.to_json(config)
     flops = config_lib.step_flops(config).total
     memory: dict[str, float] = {}
@@ -61,12 +67,22 @@ def train_step(config: ConfigDict, peer: str, repeats: int, peer_large_pages: bo
         "method": lambda: ours.call("step", "method"),
         "baseline": lambda: ours.call("step", "baseline"),
     }
-    theirs = None
+    theirs, theirs_compiled = None, None
     if peer == "pytorch":
         theirs = Remote("pytorch", text, peer_large_pages)
         for variant in ("full", "truncated", "none"):
             theirs.call("prepare", variant)
             calls[f"peer_{variant}"] = functools.partial(theirs.call, "step", variant)
+        if compiler_there():
+            theirs_compiled = Remote("pytorch compiled", text, peer_large_pages)
+            try:
+                for variant in ("full", "truncated"):
+                    theirs_compiled.call("prepare", variant)
+                    calls[f"compiled_peer_{variant}"] = functools.partial(theirs_compiled.call, "step", variant)
+            except EOFError:
+                say("torch.compile is left out: it failed as said above")
+                theirs_compiled = None
+                calls = {name: call for name, call in calls.items() if not name.startswith("compiled")}
     figures = alternate(calls, repeats, say)
     ours.close()
     result = {
@@ -93,6 +109,14 @@ def train_step(config: ConfigDict, peer: str, repeats: int, peer_large_pages: bo
             "baseline_speedup_vs_peer": ratio(figures["peer_none"], figures["baseline"]),
             "peer_peak_memory_bytes": memory["pytorch"],
             "memory_over_peer": memory["jax"] / memory["pytorch"],
+        }
+    if theirs_compiled is not None:
+        theirs_compiled.close()
+        result |= {
+            "compiled_peer_step_seconds": statistics.median(figures["compiled_peer_full"]),
+            "compiled_peer_truncated_step_seconds": statistics.median(figures["compiled_peer_truncated"]),
+            "speedup_vs_compiled_peer": ratio(figures["compiled_peer_full"], figures["method"]),
+            "speedup_vs_compiled_truncated_peer": ratio(figures["compiled_peer_truncated"], figures["method"]),
         }
     return result
 
@@ -190,6 +214,10 @@ def table(
             ("PyTorch, whole teacher", f"{step['peer_step_seconds']:.2f} s, {step['speedup_vs_peer']:.2f}x ours"),
             ("PyTorch, teacher cut at block n",
              f"{step['peer_truncated_step_seconds']:.2f} s, {step['speedup_vs_truncated_peer']:.2f}x ours"),
+            *([("PyTorch with torch.compile, whole teacher and cut",
+               f"{step['compiled_peer_step_seconds']:.2f} s, {step['speedup_vs_compiled_peer']:.2f}x ours; "
+               f"{step['compiled_peer_truncated_step_seconds']:.2f} s, "
+               f"{step['speedup_vs_compiled_truncated_peer']:.2f}x")] if "compiled_peer_step_seconds" in step else []),
             ("sampling, PyTorch's loop over ours", f"{sampling['speedup_vs_peer']:.2f}"),
             ("peak memory", f"{step['peak_memory_bytes'] / 1e9:.2f} GB "
              f"(PyTorch {step['peer_peak_memory_bytes'] / 1e9:.2f} GB)"),
@@ -255,3 +283,29 @@ def methods(
         cells += [f"{row['step_ratio']:.2f}"] + ([f"{row['chip_bytes'] / 1e9:.2f} GB"] if chip_memory else [])
         lines.append("| " + " | ".join(cells) + " |")
     return {"config": config.name, "batch_size": config.batch_size, "methods": rows, "markdown": lines}
+
+
+def beside(sizes: tasks.Sizes, repeats: int) -> dict[str, Any]:
+    """Encoding, the FID network and the metrics, ours and in PyTorch; "markdown" is the table."""
+    text = json.dumps(dataclasses.asdict(sizes))
+    sides = {name: Remote(f"{name} tasks", text) for name in ("jax", "pytorch")}
+    rows: dict[str, Any] = {}
+    for task, said in sizes.texts.items():
+        for side in sides.values():
+            side.call("prepare", task)
+        calls = {name: functools.partial(side.call, "run", task) for name, side in sides.items()}
+        say(said)
+        figures = alternate(calls, repeats, say)
+        rows[task] = {
+            "what": said, "seconds": statistics.median(figures["jax"]),
+            "peer_seconds": statistics.median(figures["pytorch"]), "peer": tasks.PEERS[task],
+            "peer_over_ours": ratio(figures["pytorch"], figures["jax"]),
+        }  # fmt: skip
+    for side in sides.values():
+        side.close()
+    lines = [f"| {tasks.machine()} | ours | PyTorch | PyTorch's over ours |", "| --- | --- | --- | --- |"]
+    lines += [
+        f"| {row['what']} | {row['seconds']:.2f} s | {row['peer_seconds']:.2f} s | {row['peer_over_ours']:.2f} |"
+        for row in rows.values()
+    ]
+    return {"machine": tasks.machine(), "tasks": rows, "markdown": lines}

@@ -198,7 +198,7 @@ class PeerStep:
       threads: CPU threads.
       device: where it runs, "cpu" or "cuda".
       bfloat16: whether products are in bfloat16, by autocast; parameters and optimizer stay float32.
-      compiled: whether the networks go through torch.compile.
+      compiled: whether the networks' blocks go through torch.compile: one for all, where whole networks take minutes.
       distance: smooth_l1 with beta 0.05, or cosine over features.
     """
 
@@ -219,7 +219,8 @@ class PeerStep:
             network.load_state_dict(state)
             network.to(device)
             if compiled:
-                network.compile()
+                for block in network.blocks:
+                    block.compile()
         self.teacher.requires_grad_(False)
         self._student_block, self._teacher_block, self._weight = student_block, teacher_block, weight
         self._distance = DISTANCES[distance]

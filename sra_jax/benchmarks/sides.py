@@ -1,14 +1,18 @@
 """The sides of the benchmark, ours and PyTorch's, each in a process of its own."""
 
+import functools
 import multiprocessing
 import os
 import resource
+import shutil
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from sra_jax import memory_pages
+from sra_jax.benchmarks.tasks import JaxTasks, PytorchTasks
 
 MATMUL = 4096
 """Side of the square matrices whose product gives the machine's rate."""
@@ -155,7 +159,8 @@ class PytorchSide:
         }  # fmt: skip
         generator = np.random.default_rng(0)
         zeros = PeerTransformer(**shape).state_dict()
-        tensors = {name: generator.normal(0, 0.02, tuple(x.shape)).astype(np.float32) for name, x in zeros.items()}
+        draws = generator.normal(0, 0.02, 1 << 20).astype(np.float32)  # again and again
+        tensors = {name: np.resize(draws, tuple(x.shape)) for name, x in zeros.items()}
         threads = len(os.sched_getaffinity(0))
         self._step = PeerStep(
             shape, tensors, process=config.process.name, student_block=alignment.student_block,
@@ -202,7 +207,15 @@ class PytorchSide:
         return time.perf_counter() - start
 
 
-SIDES = {"jax": JaxSide, "pytorch": PytorchSide}
+SIDES: dict[str, Callable[[str], Any]] = {
+    "jax": JaxSide, "pytorch": PytorchSide, "pytorch compiled": functools.partial(PytorchSide, compiled=True),
+    "jax tasks": JaxTasks, "pytorch tasks": PytorchTasks,
+}  # fmt: skip
+
+
+def compiler_there() -> bool:
+    """Whether there is the C++ compiler that torch.compile needs on a CPU."""
+    return shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 def _serve(connection: Any, side: str, config_json: str) -> None:
@@ -221,7 +234,7 @@ class Remote:
 
     Args:
       side: a key of SIDES.
-      config_json: the recipe.
+      config_json: the recipe, or the sizes of tasks.
       large_pages: start with large memory pages where they help, as main.py does (sra_jax/memory_pages.py).
     """
 

@@ -143,6 +143,7 @@ def _check_split(config: ConfigDict, shape: dict[str, int]) -> None:
 def _check_model(config: ConfigDict) -> None:
     model, data = config.model, config.data
     check_choice("model.remat", model.remat, (*REMAT_POLICIES, AUTO))
+    check_choice("model.unroll", model.unroll, (AUTO, "yes", "no"))
     if tells_captions(config):
         _check_captions(config)
     elif not data.num_classes:

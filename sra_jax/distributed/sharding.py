@@ -133,6 +133,21 @@ def attention_on(mesh: Mesh, name: str, shape: Shape) -> attention.Attend:
     return implementation.attend if implementation.splits else split_attention(implementation.attend, mesh)
 
 
+def is_gpu(device: jax.Device | None = None) -> bool:
+    """Whether a device, by default JAX's first, is a GPU of any maker."""
+    return platform(device or jax.devices()[0]) in (attention.CUDA, attention.CUDA_OLD, attention.ROCM)
+
+
+def gains_by_unrolling(mesh: Mesh) -> bool:
+    """Whether a training step is quicker with a network's blocks one after the other than with a loop over them.
+
+    So it is on GPUs that hold the whole state. A state that is split is made whole a block at a time, which only the
+    loop makes sure of.
+    """
+    whole = mesh.shape["fsdp"] == mesh.shape["model"] == 1
+    return whole and is_gpu(mesh.devices.flat[0])
+
+
 def split_attention(attend: attention.Attend, mesh: Mesh) -> attention.Attend:
     """Attention that each device computes of its own examples and heads, as the compiler cannot split a kernel."""
     if mesh.size == 1:

@@ -18,6 +18,9 @@ from sra_jax.models import operations
 Attend = Callable[..., jax.Array]
 """`attend(qkv, precision, segments=None)`, as `operations.attend`; segments are at least 0."""
 
+Projected = jax.Array | tuple[jax.Array, ...]
+"""Queries, keys and values: (B,N,3,H,d), or three arrays (B,N,H,d) for an implementation that takes them apart."""
+
 AUTO = "auto"
 CUDA, CUDA_OLD, ROCM, TPU, CPU = "cuda", "cuda before Ampere", "rocm", "tpu", "cpu"
 """Kinds of devices, as far as implementations differ by them."""
@@ -49,12 +52,14 @@ class Implementation:
       refusal: why it cannot run a case, to follow its name; None where it can, or where the platform is not known.
       fewest: tokens from which "auto" takes it.
       splits: whether the compiler can split it over devices; else each device calls it on its own examples and heads.
+      apart: whether it wants queries, keys and values as three arrays; it takes one as well.
     """
 
     attend: Attend
     refusal: Callable[[Case], str | None]
     fewest: int = 0
     splits: bool = True
+    apart: bool = False
 
 
 def chosen(name: str, case: Case) -> str:
@@ -73,15 +78,16 @@ def chosen(name: str, case: Case) -> str:
     return name
 
 
-def cudnn(qkv: jax.Array, precision: Any, segments: jax.Array | None = None) -> jax.Array:
-    """cuDNN's kernel, on NVIDIA GPUs; arguments and result as `operations.attend`."""
+def cudnn(qkv: Projected, precision: Any, segments: jax.Array | None = None) -> jax.Array:
+    """cuDNN's kernel, on NVIDIA GPUs; as `operations.attend`, or of queries, keys and values apart."""
     del precision  # the products' results are float32
-    tokens, mask = qkv.shape[1], None
+    mask = None
     if segments is not None:
         qkv, numbers = _padded(qkv, segments, 2)  # it takes masks of even lengths
         mask = numbers[:, None, :, None] == numbers[:, None, None, :]
-    q, k, v = jnp.moveaxis(qkv, 2, 0)
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")[:, :tokens]
+    q, k, v = qkv if isinstance(qkv, tuple) else jnp.moveaxis(qkv, 2, 0)
+    mixed = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
+    return mixed if segments is None else mixed[:, : segments.shape[1]]
 
 
 def flash(
@@ -144,12 +150,13 @@ SPLASH_ROW, SPLASH_BLOCK = 128, 512
 """Of whole rows of tokens, blocks of at most so many."""
 
 
-def _padded(qkv: jax.Array, segments: jax.Array | None, multiple: int) -> tuple[jax.Array, jax.Array]:
+def _padded(qkv: Any, segments: jax.Array | None, multiple: int) -> tuple[Any, jax.Array]:
     """Tokens of a segment of their own at the end, up to a multiple of tokens; and all segments."""
-    missing = -qkv.shape[1] % multiple
+    batch, tokens = jax.tree.leaves(qkv)[0].shape[:2]
+    missing = -tokens % multiple
     if segments is None:
-        segments = jnp.zeros(qkv.shape[:2], jnp.int32)
-    qkv = jnp.pad(qkv, ((0, 0), (0, missing), (0, 0), (0, 0), (0, 0)))
+        segments = jnp.zeros((batch, tokens), jnp.int32)
+    qkv = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2))), qkv)
     return qkv, jnp.pad(segments, ((0, 0), (0, missing)), constant_values=-1)
 
 
@@ -191,7 +198,7 @@ FLASH_TOKENS = 2048
 """Of so many tokens a head's keys, and some queries' scores, lie in the fast memory of a TPU."""
 
 IMPLEMENTATIONS: Mapping[str, Implementation] = {
-    "cudnn": Implementation(cudnn, _cudnn_refusal),
+    "cudnn": Implementation(cudnn, _cudnn_refusal, apart=True),
     "flash": Implementation(flash, _flash_refusal, fewest=128, splits=False),
     "splash": Implementation(splash, _splash_refusal, fewest=128, splits=False),
     "plain": Implementation(operations.attend, lambda case: None),

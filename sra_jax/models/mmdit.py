@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sra_jax.models import operations
-from sra_jax.models.attention import Attend
+from sra_jax.models.attention import Attend, Projected
 from sra_jax.models.stack import ANYWHERE, Placement, run_stack
 from sra_jax.models.transformer import (
     MLP,
@@ -23,9 +23,7 @@ from sra_jax.models.transformer import (
     Condition,
     FinalLayer,
     TimeEmbedding,
-    layer_norm,
     linear,
-    modulate,
     patchify,
     position_table,
     small_normal,
@@ -115,9 +113,9 @@ class Entrance(nnx.Module):
         modulation = self._placement.modulation(self.modulation(condition)).astype(jnp.float32)
         return jnp.split(modulation, self._parts, axis=-1)
 
-    def project(self, tokens: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
-        """Tokens (B,N,D) -> queries, keys and values (B,N,3,heads,d)."""
-        return self.attention.qkv(modulate(layer_norm(tokens), shift[:, None], scale[:, None]))
+    def project(self, tokens: jax.Array, shift: jax.Array, scale: jax.Array) -> Projected:
+        """Tokens (B,N,D) -> queries, keys and values, as the attention takes them."""
+        return self.attention.project(operations.modulated_norm(tokens, shift[:, None], scale[:, None]))
 
 
 class TextEntrance(Entrance):
@@ -141,7 +139,7 @@ class Stream(Entrance):
 
     def add_mlp(self, tokens: jax.Array, shift: jax.Array, scale: jax.Array, gate: jax.Array) -> jax.Array:
         """Tokens (B,N,D) -> (B,N,D)."""
-        return tokens + gate[:, None] * self.mlp(modulate(layer_norm(tokens), shift[:, None], scale[:, None]))
+        return tokens + gate[:, None] * self.mlp(operations.modulated_norm(tokens, shift[:, None], scale[:, None]))
 
 
 class JointBlock(nnx.Module):
@@ -186,20 +184,21 @@ class LastBlock(nnx.Module):
 
 
 def attend_jointly(
-    text: jax.Array, image: jax.Array, precision: jax.lax.Precision, attend: Attend = operations.attend
+    text: Projected, image: Projected, precision: jax.lax.Precision, attend: Attend = operations.attend
 ) -> Tokens:
     """One attention over the tokens of both streams, without a mask: padding of captions is text like any other.
 
     Args:
-      text, image: queries, keys and values (B,L,3,heads,d) and (B,N,3,heads,d).
+      text, image: queries, keys and values (B,L,3,heads,d) and (B,N,3,heads,d), or three arrays each.
       precision: of the products.
       attend: the implementation of attention.
 
     Returns:
       The attention's output for text (B,L,heads,d) and image tokens (B,N,heads,d).
     """
-    mixed = attend(jnp.concatenate([text, image], axis=1), precision)
-    return mixed[:, : text.shape[1]], mixed[:, text.shape[1] :]
+    mixed = attend(jax.tree.map(lambda *both: jnp.concatenate(both, axis=1), text, image), precision)
+    length = jax.tree.leaves(text)[0].shape[1]
+    return mixed[:, :length], mixed[:, length:]
 
 
 class PooledEmbedding(nnx.Module):

@@ -2,8 +2,9 @@
 
 What automatic differentiation derives is the same arithmetic, but it states the gradient of a kernel as (g^T x)^T, for
 which the CPU's compiler writes transposed copies of activations; it leaves the gradients of queries, keys and values
-apart, and each of their uses puts them together anew; and it computes attention's output again where only its weights
-are needed.
+apart, and each of their uses puts them together anew; it computes attention's output again where only its weights are
+needed; it sums over a norm's channels three times, one after the other, where two sums at a time are enough; and it
+shares a GELU's tanh between the value and the gradient, which then lies in memory.
 """
 
 import functools
@@ -14,10 +15,12 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-NAMES = PRODUCT, ATTENTION, NORM = "product", "attention", "norm"
-"""Names, for remat policies, of results worth keeping: of `product`, of attention, and the statistics of norms."""
+PRODUCT, ATTENTION, NORM, GELU = "product", "attention", "norm", "gelu"
+"""Names, for remat policies, of results worth keeping: of `product`, of attention, the statistics of norms, GELUs."""
 
 Precision = jax.lax.Precision
+
+LAYER_NORM_EPSILON = 1e-6
 
 
 def product(
@@ -150,3 +153,79 @@ def _weights(q: jax.Array, k: jax.Array, segments: jax.Array | None, precision: 
 
 def _einsum(subscripts: str, a: jax.Array, b: jax.Array, precision: Precision) -> jax.Array:
     return jnp.einsum(subscripts, a, b, precision=precision, preferred_element_type=jnp.float32)
+
+
+@jax.custom_vjp
+def modulated_norm(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+    """LayerNorm over the last axis without affine part, times 1 + scale, plus shift; all in float32.
+
+    Args:
+      x: tokens (B,N,D).
+      shift, scale: broadcast to x, (B,1,D) or (B,N,D) float32.
+
+    Returns:
+      (B,N,D) float32.
+    """
+    return _modulated_norm(x, shift, scale)[0]
+
+
+def _modulated_norm(
+    x: jax.Array, shift: jax.Array, scale: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """The result, and the two numbers a token that make it: mean and inverse deviation, (B,N,1)."""
+    x = x.astype(jnp.float32)
+    # They are named for remat policies to keep: their sums are not taken again.
+    mean = checkpoint_name(x.mean(axis=-1, keepdims=True), NORM)
+    centred = x - mean
+    variance = jnp.square(centred).mean(axis=-1, keepdims=True)
+    inverse = checkpoint_name(jax.lax.rsqrt(variance + LAYER_NORM_EPSILON), NORM)
+    return centred * inverse * (1 + scale) + shift, (mean, inverse)
+
+
+def _norm_forward(x: jax.Array, shift: jax.Array, scale: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    result, statistics = _modulated_norm(x, shift, scale)
+    return result, (x, shift, scale, *statistics)
+
+
+def _norm_backward(saved: tuple[jax.Array, ...], gradient: jax.Array) -> tuple[jax.Array, ...]:
+    """With n the normed x and g the gradient times 1 + scale: (g - mean(g) - n mean(g n)) / deviation."""
+    x, shift, scale, mean, inverse = saved
+    normed = (x.astype(jnp.float32) - mean) * inverse
+    of_normed = gradient * (1 + scale)
+    along = of_normed.mean(axis=-1, keepdims=True), (of_normed * normed).mean(axis=-1, keepdims=True)
+    of_x = inverse * (of_normed - along[0] - normed * along[1])
+    return of_x.astype(x.dtype), _summed(gradient, shift), _summed(gradient * normed, scale)
+
+
+def _summed(gradient: jax.Array, like: jax.Array) -> jax.Array:
+    """The gradient of what was broadcast: summed over the axes along which it has one entry."""
+    axes = tuple(axis for axis, size in enumerate(like.shape) if size == 1 != gradient.shape[axis])
+    return gradient.sum(axis=axes, keepdims=True).astype(like.dtype)
+
+
+modulated_norm.defvjp(_norm_forward, _norm_backward)
+
+_SLOPE, _CUBE = math.sqrt(2 / math.pi), 0.044715
+
+
+@jax.custom_vjp
+def gelu(x: jax.Array) -> jax.Array:
+    """GELU in its tanh approximation, x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2; computed in float32."""
+    wide = x.astype(jnp.float32)
+    return (0.5 * wide * (1 + jnp.tanh(_SLOPE * (wide + _CUBE * wide**3)))).astype(x.dtype)
+
+
+def _gelu_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return checkpoint_name(gelu(x), GELU), x
+
+
+def _gelu_backward(x: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+    """By the sigmoid of twice the argument, (1 + tanh) / 2: the compiler does not see that the value's tanh would do,
+    which it would write down for both."""
+    wide = x.astype(jnp.float32)
+    gate = jax.nn.sigmoid(2 * _SLOPE * (wide + _CUBE * wide**3))
+    slope = gate + wide * gate * (1 - gate) * (2 * _SLOPE * (1 + 3 * _CUBE * wide**2))
+    return ((gradient.astype(jnp.float32) * slope).astype(x.dtype),)
+
+
+gelu.defvjp(_gelu_forward, _gelu_backward)

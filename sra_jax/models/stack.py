@@ -1,4 +1,8 @@
-"""Running a stack of equal blocks whose parameters carry a leading depth axis, compiled once whatever the depth."""
+"""Running a stack of equal blocks whose parameters carry a leading depth axis.
+
+A loop over them is compiled once whatever the depth. What the backward pass needs of every block it stacks, though,
+which GPUs do by copying; there a step is quicker with the blocks one after the other, and takes longer to compile.
+"""
 
 import dataclasses
 import math
@@ -16,20 +20,28 @@ def _is_fused_attention(primitive: Any, *_: Any, **__: Any) -> bool:
     return primitive.name.startswith("dot_product_attention_fwd")
 
 
-REMAT_POLICIES = {
-    "none": None,
-    "dots": jax.checkpoint_policies.save_from_both_policies(
+def _keeping(*names: str) -> Callable[..., Any]:
+    """The policy that keeps products with parameters, what bears one of the names, and cuDNN's attention."""
+    return jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         jax.checkpoint_policies.save_from_both_policies(
-            jax.checkpoint_policies.save_only_these_names(*operations.NAMES), _is_fused_attention
+            jax.checkpoint_policies.save_only_these_names(*names), _is_fused_attention
         ),
-    ),
+    )
+
+
+_KEPT = (operations.PRODUCT, operations.ATTENTION, operations.NORM)
+
+REMAT_POLICIES = {
+    "none": None,
+    "gelu": _keeping(*_KEPT, operations.GELU),
+    "dots": _keeping(*_KEPT),
     "block": jax.checkpoint_policies.nothing_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-"""What is saved for the backward pass: everything; the results of products with parameters and of attention (not its
-scores), and two numbers a token for each norm; each block's input only; the input of about sqrt(depth) segments of
-blocks only, which costs a third forward pass."""
+"""What is saved for the backward pass: everything; as the next, and the MLPs' GELUs; the results of products with
+parameters and of attention (not its scores), and two numbers a token for each norm; each block's input only; the input
+of about sqrt(depth) segments of blocks only, which costs a third forward pass."""
 
 STACKS = ("blocks", "last_block")
 """Names, in a network's tree of parameters, of what is run by `run_stack`."""
@@ -54,6 +66,8 @@ class Placement:
       others: applied to the parameters outside the blocks.
       product: what multiplies activations by the parameters of a block, as `jax.lax.dot_general` does.
       attend: attention over tokens, as `operations.attend` does it.
+      apart: whether `attend` takes queries, keys and values as three arrays (B,N,H,d) in place of one (B,N,3,H,d).
+      unrolled: whether a stack's blocks are compiled one after the other in place of a loop over them.
     """
 
     rows: Callable[[jax.Array], jax.Array] = _as_it_is
@@ -63,6 +77,8 @@ class Placement:
     others: Callable[[Any], Any] = _as_it_is
     product: Callable[..., jax.Array] = jax.lax.dot_general
     attend: Callable[..., jax.Array] = operations.attend
+    apart: bool = False
+    unrolled: bool = False
 
 
 ANYWHERE = Placement()
@@ -83,7 +99,8 @@ def run_stack(
       taps: ascending block numbers in 1..stop.
       stop: number of blocks to run; the parameters of later blocks are not read.
       remat: a key of `REMAT_POLICIES`.
-      placement: where tokens and the parameters of a block lie.
+      placement: where tokens and the parameters of a block lie, and whether the blocks are a loop; with `remat="full"`
+        they are.
       tapped: which of the tokens a tap gives.
 
     Returns:
@@ -93,6 +110,10 @@ def run_stack(
     def placed(params: Any, x: Any, condition: Any) -> Any:
         return jax.tree.map(placement.rows, block(placement.block(params), x, condition))
 
+    if placement.unrolled and remat != "full":
+        # CSE would find that what is to be computed again was there, and keep it.
+        run = _saving(placed, remat, placement, prevent_cse=True)
+        return _run_unrolled(run, params, x, condition, taps, stop, tapped)
     run = _saving(placed, remat, placement)
     if stop < depth:
         return _run_part(run, params, x, condition, taps, stop, tapped)
@@ -130,18 +151,50 @@ def _scan_in_segments(body: Callable[..., Any], carry: Any, items: Any, depth: i
     return jax.lax.scan(segment, carry, items)
 
 
-def _saving(block: Block, remat: str, placement: Placement) -> Block:
-    """`block` with what its backward pass keeps. CSE is no concern: forward and backward are separate loops."""
+def _saving(block: Block, remat: str, placement: Placement, prevent_cse: bool = False) -> Block:
+    """`block` with what its backward pass keeps. In a loop CSE is no concern: forward and backward are two of them."""
     if remat != "none":
-        return jax.checkpoint(block, policy=REMAT_POLICIES[remat], prevent_cse=False)
+        return jax.checkpoint(block, policy=REMAT_POLICIES[remat], prevent_cse=prevent_cse)
     if placement.block is _as_it_is:
         return block
-    return jax.checkpoint(block, policy=_all_but_placed, prevent_cse=False)
+    return jax.checkpoint(block, policy=_all_but_placed, prevent_cse=prevent_cse)
 
 
 def _all_but_placed(primitive: Any, *_: Any, **__: Any) -> bool:
     """Saves all but the results of placing: gathered parameters are gathered again in the backward pass."""
     return primitive.name != "sharding_constraint"
+
+
+def _run_unrolled(
+    block: Block, params: Any, x: Any, condition: Any, taps: tuple[int, ...], stop: int,
+    tapped: Callable[[Any], jax.Array],
+) -> tuple[Any, tuple[jax.Array, ...]]:
+    """Blocks 1..stop, each in the program."""
+    leaves, structure = jax.tree.flatten(params)
+    features = []
+    for number, parts in enumerate(zip(*map(unstacked, leaves), strict=True), 1):
+        if number > stop:
+            break
+        x = block(jax.tree.unflatten(structure, parts), x, condition)
+        if number in taps:
+            features.append(tapped(x))
+    return x, tuple(features)
+
+
+@jax.custom_vjp
+def unstacked(stacked: jax.Array) -> tuple[jax.Array, ...]:
+    """The entries along the first axis.
+
+    The gradients of all entries are written down side by side, before anything is computed of them: a compiler that
+    fuses an optimizer with that would let each of its reads look for the array that it is in.
+    """
+    return tuple(part.reshape(part.shape[1:]) for part in jax.lax.split(stacked, [1] * len(stacked)))
+
+
+unstacked.defvjp(
+    lambda stacked: (unstacked(stacked), None),
+    lambda _, gradients: (jax.lax.optimization_barrier(jnp.stack(gradients)),),
+)
 
 
 def _run_part(

@@ -15,10 +15,10 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from sra_jax.models import operations
+from sra_jax.models.attention import Projected
 from sra_jax.models.stack import ANYWHERE, Placement, run_stack
 
 TIME_FREQUENCIES = 256
-LAYER_NORM_EPSILON = 1e-6
 
 xavier_uniform = nnx.initializers.xavier_uniform()
 small_normal = nnx.initializers.normal(0.02)
@@ -106,20 +106,6 @@ def linear(
         features_in, features_out, kernel_init=kernel_init, dtype=config.dtype, precision=config.precision,
         dot_general=placement.product, rngs=rngs,
     )  # fmt: skip
-
-
-def layer_norm(x: jax.Array) -> jax.Array:
-    """LayerNorm over the last axis without affine part, in float32."""
-    x = x.astype(jnp.float32)
-    # The two numbers a token are named, for remat policies to keep: their sums are not taken again.
-    centred = x - checkpoint_name(x.mean(axis=-1, keepdims=True), operations.NORM)
-    variance = jnp.square(centred).mean(axis=-1, keepdims=True)
-    return centred * checkpoint_name(jax.lax.rsqrt(variance + LAYER_NORM_EPSILON), operations.NORM)
-
-
-def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
-    """x (B,N,D) scaled by 1 + scale and shifted by shift, which broadcast to x."""
-    return x * (1 + scale) + shift
 
 
 FEW_GROUPS = 4
@@ -246,21 +232,38 @@ class Attention(nnx.Module):
     def __init__(self, config: Sizes, *, rngs: nnx.Rngs, placement: Placement = ANYWHERE):
         self.config = config
         self.attend = placement.attend
+        self._apart = placement.apart
         head_width = config.width // config.heads
         options = {
             "kernel_init": xavier_uniform, "dtype": config.dtype, "precision": config.precision,
             "dot_general": placement.product,
         }  # fmt: skip
-        self.qkv = nnx.LinearGeneral(config.width, (3, config.heads, head_width), rngs=rngs, **options)
+        self.qkv: Any = nnx.LinearGeneral(config.width, (3, config.heads, head_width), rngs=rngs, **options)
         self.out = nnx.LinearGeneral((config.heads, head_width), config.width, axis=(-2, -1), rngs=rngs, **options)
 
     def __call__(self, x: jax.Array, condition: "Condition | None" = None) -> jax.Array:
-        qkv, precision = self.qkv(x), self.config.precision
+        qkv, precision = self.project(x), self.config.precision
         if condition is None or condition.sizes is None:
             return self.out(self.attend(qkv, precision, condition and condition.segments))
         ends = np.cumsum(condition.sizes)
-        parts = [self.attend(part, precision) for part in jnp.split(qkv, ends[:-1], axis=1)]
+        starts = (0, *ends[:-1])
+        parts = [
+            self.attend(jax.tree.map(lambda x: x[:, start:end], qkv), precision)  # noqa: B023
+            for start, end in zip(starts, ends, strict=True)
+        ]
         return self.out(jnp.concatenate(parts, axis=1))
+
+    def project(self, x: jax.Array) -> Projected:
+        """Tokens (B,N,D) -> their queries, keys and values, as `attend` takes them."""
+        if not self._apart:
+            return self.qkv(x)
+        # Three products in place of one whose result would be cut into three, and its gradient put together of three.
+        config, numbers = self.config, (((2,), (0,)), ((), ()))
+        x, kernel, bias = (each.astype(config.dtype) for each in (x, self.qkv.kernel[...], self.qkv.bias[...]))
+        parts = (
+            self.qkv.dot_general(x, kernel[:, i], numbers, precision=config.precision) + bias[i] for i in range(3)
+        )
+        return tuple(checkpoint_name(part, operations.PRODUCT) for part in parts)
 
 
 class MLP(nnx.Module):
@@ -272,7 +275,7 @@ class MLP(nnx.Module):
         self.out = linear(config, hidden, config.width, rngs, placement=placement)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.out(nnx.gelu(self.hidden(x), approximate=True))
+        return self.out(operations.gelu(self.hidden(x)))
 
 
 class Block(nnx.Module):
@@ -290,8 +293,8 @@ class Block(nnx.Module):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (
             by_token(part, condition.groups) for part in jnp.split(modulation, 6, axis=-1)
         )
-        x = x + gate_a * self.attention(modulate(layer_norm(x), shift_a, scale_a), condition)
-        return x + gate_m * self.mlp(modulate(layer_norm(x), shift_m, scale_m))
+        x = x + gate_a * self.attention(operations.modulated_norm(x, shift_a, scale_a), condition)
+        return x + gate_m * self.mlp(operations.modulated_norm(x, shift_m, scale_m))
 
 
 class FinalLayer(nnx.Module):
@@ -304,7 +307,7 @@ class FinalLayer(nnx.Module):
     def __call__(self, x: jax.Array, condition: Condition) -> jax.Array:
         modulation = self.modulation(condition.vector).astype(jnp.float32)
         shift, scale = (by_token(part, condition.groups) for part in jnp.split(modulation, 2, axis=-1))
-        return self.linear(modulate(layer_norm(x), shift, scale)).astype(jnp.float32)
+        return self.linear(operations.modulated_norm(x, shift, scale)).astype(jnp.float32)
 
 
 def stack_modules(make: Callable[[nnx.Rngs], nnx.Module], depth: int, key: jax.Array) -> nnx.Module:

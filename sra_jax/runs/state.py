@@ -1,5 +1,6 @@
 """What a run carries from step to step, and how it begins."""
 
+import dataclasses
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from ml_collections import ConfigDict
 from sra_jax import config as config_lib
 from sra_jax.config.profiles import TEACHER, Profile, profile
 from sra_jax.distributed import sharding
+from sra_jax.models import attention
 from sra_jax.models.flops import Shape
 from sra_jax.models.mmdit import MMDiT, MMDiTConfig
 from sra_jax.models.stack import ANYWHERE, STACKS, Placement
@@ -23,14 +25,24 @@ from sra_jax.models.transformer import Transformer
 Params = dict[str, Any]
 
 
-def placement_on(mesh: Mesh, config: ConfigDict) -> Placement:
+def placement_on(mesh: Mesh, config: ConfigDict, training: bool = False) -> Placement:
     """Where arrays lie while the recipe's networks run on a mesh, and how they attend there.
+
+    Args:
+      mesh: the devices.
+      config: the recipe.
+      training: whether it is for a training step, to which `model.unroll` applies.
 
     Raises:
       UserError: `model.attention` cannot run on these devices.
     """
-    attend = sharding.attention_on(mesh, config.model.attention, config_lib.transformer_of(config))
-    return sharding.placement(mesh, config_lib.DTYPES[config.dtype], attend)
+    shape = config_lib.transformer_of(config)
+    name = sharding.implementation_on(mesh, config.model.attention, shape)
+    unrolls = {"yes": True, "no": False}.get(config.model.unroll, sharding.gains_by_unrolling(mesh))
+    return dataclasses.replace(
+        sharding.placement(mesh, config_lib.DTYPES[config.dtype], sharding.attention_on(mesh, name, shape)),
+        apart=attention.IMPLEMENTATIONS[name].apart, unrolled=training and unrolls,
+    )  # fmt: skip
 
 
 @flax.struct.dataclass

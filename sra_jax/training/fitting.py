@@ -12,10 +12,12 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from sra_jax import config as config_lib
 from sra_jax.errors import UserError
+from sra_jax.models.stack import segment_count
 from sra_jax.runs.state import Networks
 from sra_jax.training.program import Program
 
@@ -25,8 +27,15 @@ SHARE = 1 / 3
 SIZES = (1, 4, 16, 64, 256)
 """Of the axis `fsdp`, beside as many devices as there are: on TPU slices they are sides and faces of the torus."""
 
-REMAT = ("dots", "block")
-"""Policies from the quickest on; `full`, the slowest, is tried where no accumulation helps with these."""
+REMAT, GPU_REMAT = ("dots", "block"), ("gelu", "dots", "block")
+"""Policies from the quickest on, on GPUs and elsewhere, where a GELU is made again as it is read; `full`, the slowest,
+is tried where no accumulation helps with these."""
+
+GPU_EXAMPLES = 32
+"""As many examples keep a GPU busy: cutting a batch into parts of so many costs less there than `block` does."""
+
+FULL = 0.95
+"""Share of a memory from which on a setting, by what its backward pass keeps alone, is not even compiled."""
 
 PARTS = tuple(2**k for k in range(11))
 STATE_COPIES = 4
@@ -98,11 +107,14 @@ def whole_state(config: ConfigDict) -> int:
     return copies * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
 
 
-def candidates(config: ConfigDict, devices: int, memory: int, state: int, slices: int = 1) -> Iterator[Settings]:
+def candidates(
+    config: ConfigDict, devices: int, memory: int, state: int, slices: int = 1, gpu: bool = False
+) -> Iterator[Settings]:
     """Settings of what the config leaves open, in the order in which they are tried.
 
     The state is split over the fewest devices with which it takes a third of the memory, then over more; before the
-    batch is cut into parts more is recomputed. What the config's checks refuse is left out.
+    batch is cut into parts more is recomputed, on GPUs only where the parts would be small. What the config's checks
+    refuse is left out, on GPUs also what cannot fit by `least_bytes`.
 
     Args:
       config: the recipe.
@@ -110,21 +122,50 @@ def candidates(config: ConfigDict, devices: int, memory: int, state: int, slices
       memory: bytes of one device.
       state: as `whole_state` counts it.
       slices: on which the devices lie; the state is split within one.
+      gpu: whether the devices are GPUs.
     """
     given = cheapest(config)
     meshes = [config_lib.mesh_shape(given, devices)["fsdp"]]
     if _mesh_is_open(config):
         sizes = splits(config, devices // slices // max(1, config.mesh.model))
         meshes = [size for size in sizes if state / size <= memory * SHARE] or sizes[-1:]
-    remats = REMAT if config.model.remat == config_lib.AUTO else (given.model.remat,)
+    remats: tuple[str, ...] = (given.model.remat,)
+    if config.model.remat == config_lib.AUTO:
+        remats = GPU_REMAT if gpu else REMAT
     parts = PARTS if config.accumulation == 0 else (given.accumulation,)
     order = list(itertools.product(parts, remats, meshes))
+    if gpu:
+        busy = [part for part in parts if config.batch_size // part >= GPU_EXAMPLES * devices]
+        order = list(itertools.product(busy, [remat for remat in remats if remat != "block"], meshes)) + order
     if config.model.remat == config_lib.AUTO:
         order += itertools.product(parts, ("full",), meshes)
-    for accumulation, remat, fsdp in order:
+    for accumulation, remat, fsdp in dict.fromkeys(order):
         settings = {"mesh.fsdp": fsdp, "model.remat": remat, "accumulation": accumulation}
-        if possible(with_settings(config, settings), devices):
+        wanted = with_settings(config, settings)
+        if gpu and ((remat == "gelu" and fsdp > 1) or least_bytes(wanted, devices, state) > FULL * memory):
+            continue  # the former pays where blocks are no loop, hence where the state is whole
+        if possible(wanted, devices):
             yield settings
+
+
+def least_bytes(config: ConfigDict, devices: int, state: int) -> int:
+    """Bytes of a device that a step needs at least: the state, and what the backward pass keeps of every block.
+
+    Args:
+      config: the recipe with nothing left open.
+      devices: of all processes.
+      state: as `whole_state` counts it.
+    """
+    shape, remat = config_lib.transformer_of(config), config.model.remat
+    mesh = config_lib.mesh_shape(config, devices)
+    examples = config.batch_size // config.accumulation // (mesh["data"] * mesh["fsdp"])
+    kept = 4.0  # a block's input, float32
+    if remat in ("dots", "gelu", "none"):
+        hidden = shape.mlp_ratio * (1 if remat == "dots" else 2)
+        kept += (6 + hidden) / mesh["model"] * jnp.dtype(shape.dtype).itemsize  # qkv, attention, both branches, MLP
+    blocks = segment_count(shape.depth) if remat == "full" else shape.depth
+    blocks -= config_lib.tells_captions(config)  # the last block of an MMDiT keeps less, as its text ends there
+    return int(state / mesh["fsdp"] + blocks * examples * shape.attended * shape.width * kept)
 
 
 def splits(config: ConfigDict, devices: int) -> list[int]:
@@ -143,7 +184,7 @@ def possible(config: ConfigDict, devices: int) -> bool:
 
 def choose(
     config: ConfigDict, devices: int, memory: int, attempt: Callable[[ConfigDict], Attempt],
-    say: Callable[[str], None], below: int | None = None, slices: int = 1,
+    say: Callable[[str], None], below: int | None = None, slices: int = 1, gpu: bool = False,
 ) -> tuple[ConfigDict, Attempt]:
     """The first setting that the compiler fits into the memory.
 
@@ -158,6 +199,7 @@ def choose(
       say: takes a line about each setting that does not fit, and about what was chosen and why.
       below: settings that need as many bytes or more do not fit either.
       slices: on which the devices lie.
+      gpu: whether they are GPUs.
 
     Returns:
       The config with nothing left open, and the attempt.
@@ -169,7 +211,7 @@ def choose(
     state = whole_state(config)
     refused: list[tuple[Settings, int]] = []
     nearest: tuple[float, str] = (math.inf, "")
-    for settings in candidates(config, devices, memory, state, slices):
+    for settings in candidates(config, devices, memory, state, slices, gpu):
         if refused and _least(settings, refused, state) > limit:  # the compiler itself refuses the first
             continue
         wanted = with_settings(config, settings)

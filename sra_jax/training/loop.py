@@ -151,7 +151,7 @@ def fitted(
         return config, *found.result
     say("compiling the step, to see what fits")
     chosen, found = fitting.choose(
-        config, jax.device_count(), memory, attempt, say, slices=sharding.slice_count()
+        config, jax.device_count(), memory, attempt, say, slices=sharding.slice_count(), gpu=sharding.is_gpu()
     )  # fmt: skip
     return chosen, *found.result
 
@@ -178,7 +178,7 @@ def _what_fits(config: ConfigDict, dataset: Dataset, steps: int, memory: int, pe
     try:
         chosen, found = fitting.choose(
             fitting.opened(config), jax.device_count(), memory, _attempt(dataset, steps, memory), _silent, below=peak,
-            slices=sharding.slice_count(),
+            slices=sharding.slice_count(), gpu=sharding.is_gpu(),
         )  # fmt: skip
     except UserError as error:
         return f"{there}; {error}"

@@ -51,7 +51,7 @@ def build(config: ConfigDict, mesh: Mesh, dataset: Dataset, steps: int) -> Progr
       dataset: gives `encode`.
       steps: length of the run, for schedules.
     """
-    networks = Networks(config, placement_on(mesh, config))
+    networks = Networks(config, placement_on(mesh, config, training=True))
     optimizer, profiles = make_optimizer(config, steps), config_lib.profiles_of(config)
 
     def init(key: jax.Array) -> TrainState:

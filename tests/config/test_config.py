@@ -128,7 +128,7 @@ BAD = [
     ({"sampling.guidance_channels": 3}, "guidance_channels=3"),
     ({"model.patch": 3}, "image_size=8 is not divisible by model.patch=3; .*1, 2, 4, 8"),
     ({"model.heads": 5}, "width=96 must be divisible by model.heads=5"),
-    ({"model.remat": "all"}, "allowed: none, dots, block"),
+    ({"model.remat": "all"}, "allowed: none, gelu, dots, block"), ({"model.unroll": "true"}, "allowed: auto, yes, no"),
     ({"dtype": "float16"}, "allowed: float32, bfloat16"),
     ({"steps": 0}, "set exactly one of steps, epochs, examples"),
     ({"epochs": 2.0}, "steps and epochs"),

@@ -90,10 +90,14 @@ def test_a_large_score_of_another_segment_or_of_padding_has_no_say(attend):
 
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN runs on NVIDIA GPUs")
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize(("tokens", "head", "segments"), [(256, 64, 0), (1024, 72, 0), (256, 72, 2), (333, 64, 3)])
-def test_cudnn_equals_plain(tokens, head, segments):
+def test_cudnn_equals_plain(tokens, head, segments, apart):
+    def attend(qkv, *rest):
+        return attention.cudnn(tuple(jnp.moveaxis(qkv, 2, 0)) if apart else qkv, *rest)
+
     given = shuffled(1, 2, tokens, segments) if segments else None
-    assert_equal_with_gradients(attention.cudnn, normal(0, 2, tokens, 3, 2, head, dtype="bfloat16"), given)
+    assert_equal_with_gradients(attend, normal(0, 2, tokens, 3, 2, head, dtype="bfloat16"), given)
 
 
 @pytest.mark.parametrize("segmented", [False, True])
@@ -157,9 +161,9 @@ class Watched:
         self.asked = []
 
     def __call__(self, qkv, precision, segments=None):
-        self.asked.append((qkv.shape[1], segments is not None))
+        q, k, v = qkv if isinstance(qkv, tuple) else jnp.moveaxis(qkv, 2, 0)
+        self.asked.append((q.shape[1], segments is not None, isinstance(qkv, tuple)))
         mask = None if segments is None else segments[:, None, :, None] == segments[:, None, None, :]
-        q, k, v = jnp.moveaxis(qkv, 2, 0)
         return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla")
 
 
@@ -178,15 +182,25 @@ def assert_same(found, expected):
 
 
 def assert_attends_as_placed(make, run, asked):
-    """A network gives with `Watched` in its placement what it gives with the plain operation, and asks as it should."""
-    watched = Watched()
+    """A network gives with `Watched` in its placement what it gives with the plain operation, and asks as it should.
 
-    def prediction(attend):
-        graphdef, params = random_network(lambda: make(Placement(attend=attend)))
-        return jax.jit(lambda params: run(nnx.merge(graphdef, params)))(params)
+    Queries, keys and values come as one array or, where the placement says so, as three; so do their gradients.
+    """
 
-    assert_same(prediction(watched), prediction(operations.attend))
-    assert set(watched.asked) == asked
+    def found(placement):
+        graphdef, params = random_network(lambda: make(placement))
+
+        def loss(params):
+            given = run(nnx.merge(graphdef, params))
+            return sum(jnp.sin(x).sum() for x in jax.tree.leaves(given)), given
+
+        return jax.jit(jax.grad(loss, has_aux=True))(params)
+
+    expected = found(Placement())
+    for apart in (False, True):
+        watched = Watched()
+        assert_same(found(Placement(attend=watched, apart=apart)), expected)
+        assert set(watched.asked) == {(*each, apart) for each in asked}
 
 
 GROUPS = shuffled(7, 2, TINY.tokens, 2)

@@ -139,3 +139,58 @@ def test_a_large_score_of_another_segment_has_no_say():
     within = operations.attend(qkv, HIGHEST, segments)
     np.testing.assert_allclose(within[:, :3], operations.attend(qkv[:, :3], HIGHEST), atol=1e-6)
     assert np.isfinite(within).all()
+
+
+def plain_norm(x, shift, scale):
+    return jax.nn.standardize(x, epsilon=1e-6) * (1 + scale) + shift
+
+
+@pytest.mark.parametrize("condition", [(3, 1, 12), (3, 5, 12), (1, 1, 12)])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_modulated_norm(condition, compiled):
+    """Of one condition an example, one a token, one for all."""
+    x, shift, scale = 1 + 2 * normal(11, 3, 5, 12), normal(12, *condition), normal(13, *condition)
+    ours = jax.jit(operations.modulated_norm) if compiled else operations.modulated_norm
+    assert_equal_with_gradients(ours, plain_norm, x, shift, scale)
+
+
+def test_a_token_of_equal_channels_has_a_finite_norm():
+    x, none = jnp.full((1, 2, 8), 3.0), jnp.zeros((1, 1, 8))
+    result, vjp = jax.vjp(lambda x: operations.modulated_norm(x, none, none), x)
+    np.testing.assert_allclose(result, 0, atol=1e-3)
+    assert np.isfinite(vjp(normal(14, 1, 2, 8))[0]).all()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gelu(compiled):
+    x = jnp.concatenate([normal(15, 50), jnp.array([-1e4, -20.0, -1.0, 0.0, 1.0, 20.0, 1e4])])
+    ours = jax.jit(operations.gelu) if compiled else operations.gelu
+    assert_equal_with_gradients(ours, lambda x: jax.nn.gelu(x, approximate=True), x)
+
+
+def test_gelu_in_bfloat16_is_rounded_once():
+    x = normal(16, 4096, dtype=jnp.bfloat16)
+    exact, exact_vjp = jax.vjp(lambda x: jax.nn.gelu(x, approximate=True), x.astype(jnp.float32))
+    result, vjp = jax.vjp(operations.gelu, x)
+    for got, expected in ((result, exact), (vjp(jnp.ones_like(x))[0], exact_vjp(jnp.ones_like(exact))[0])):
+        assert got.dtype == jnp.bfloat16
+        np.testing.assert_allclose(got.astype(jnp.float32), expected, rtol=2**-8, atol=1e-6)
+
+
+def test_what_policies_keep_of_a_block():
+    """Two numbers a token for a norm with `gelu` and `dots`, the GELU with `gelu` alone."""
+    from sra_jax.models.stack import REMAT_POLICIES
+
+    batch, tokens, width, hidden = 3, 16, 8, 32
+
+    def layer(x, kernel):
+        none = jnp.zeros((batch, 1, width))
+        normed = operations.modulated_norm(jnp.sin(x), none, none)
+        x = operations.product(normed, kernel, (((2,), (0,)), ((), ())), HIGHEST)
+        return jnp.sin(operations.gelu(x)).sum()
+
+    inputs = normal(17, batch, tokens, width), normal(18, width, hidden)
+    for policy, wide, statistics in (("gelu", 2, 2), ("dots", 1, 2), ("block", 0, 0)):
+        kept = saved_shapes(REMAT_POLICIES[policy], layer, *inputs)
+        assert sum(np.prod(shape) == batch * tokens * hidden for shape in kept) == wide
+        assert sum(shape == (batch, tokens, 1) for shape in kept) == statistics

@@ -10,8 +10,9 @@ from flax import nnx
 from configs.common import SIZES
 from sra_jax.methods.groups import random_groups
 from sra_jax.models import transformer
-from sra_jax.models.stack import REMAT_POLICIES
+from sra_jax.models.stack import ANYWHERE, REMAT_POLICIES, Placement
 from sra_jax.models.transformer import Condition, Transformer, TransformerConfig, patchify, unpatchify
+from sra_jax.planning.compiled import Program
 
 TINY = TransformerConfig(
     input_size=8, channels=3, output_channels=3, num_classes=5, patch=2, depth=4, width=32, heads=4
@@ -19,9 +20,9 @@ TINY = TransformerConfig(
 BATCH = 2
 
 
-def networks(config=TINY, seed=0):
+def networks(config=TINY, seed=0, placement=ANYWHERE):
     """graphdef and parameters in which nothing is zero, so that every part has influence."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), placement=placement)))
     generator = np.random.default_rng(seed)
     params = jax.tree.map(
         lambda x: jnp.asarray(generator.normal(0, 0.1, x.shape), x.dtype), nnx.to_pure_dict(state)
@@ -165,23 +166,56 @@ def test_later_blocks_have_no_influence_and_no_cost():
     assert cut_flops < whole_flops
 
 
+def loss_of(config, placement=ANYWHERE):
+    """A loss that every block has a part in, as a function of parameters, and these."""
+    graphdef, params = networks(config, placement=placement)
+
+    def loss(params):
+        prediction, (tokens,) = nnx.merge(graphdef, params)(*inputs(), taps=(2,))
+        return jnp.square(prediction).mean() + jnp.sin(tokens).mean()
+
+    return loss, params
+
+
+def with_remat(policy):
+    return TransformerConfig(**{**vars(TINY), "remat": policy})
+
+
+@pytest.mark.parametrize("unrolled", [False, True])
 @pytest.mark.parametrize(
     "remat", [pytest.param(name, marks=() if name == "dots" else pytest.mark.slow) for name in REMAT_POLICIES]
 )
-def test_remat_changes_no_gradient(remat):
-    def gradient(policy):
-        graphdef, params = networks(TransformerConfig(**{**vars(TINY), "remat": policy}))
-
-        def loss(params):
-            prediction, (tokens,) = nnx.merge(graphdef, params)(*inputs(), taps=(2,))
-            return jnp.square(prediction).mean() + jnp.sin(tokens).mean()
-
-        return jax.jit(jax.grad(loss))(params)
-
-    for expected, actual in zip(
-        jax.tree.leaves(reference_gradient()), jax.tree.leaves(gradient(remat)), strict=True
-    ):  # fmt: skip
+def test_remat_changes_no_gradient(remat, unrolled):
+    loss, params = loss_of(with_remat(remat), Placement(unrolled=unrolled))
+    found = jax.jit(jax.grad(loss))(params)
+    for expected, actual in zip(jax.tree.leaves(reference_gradient()), jax.tree.leaves(found), strict=True):
         np.testing.assert_allclose(actual, expected, atol=1e-5 * np.abs(expected).max() + 1e-9)
+
+
+def test_unrolled_blocks_are_no_loop_and_are_recomputed_as_the_policy_says():
+    """Nothing loops; and `block` runs each block's products a second time, which CSE would otherwise undo."""
+
+    def compiled(remat):
+        loss, params = loss_of(with_remat(remat), Placement(unrolled=True))
+        return jax.jit(jax.grad(loss)).lower(params).compile()
+
+    dots, block = (compiled(remat) for remat in ("dots", "block"))
+    assert " while(" not in dots.as_text() and " while(" not in block.as_text()
+    tokens, width = BATCH * TINY.tokens, TINY.width
+    again = 2 * tokens * width * (4 * width + 4 * width)  # qkv, attention's output, the MLP's first layer
+    more = Program(block.as_text()).cost().flops - Program(dots.as_text()).cost().flops
+    assert more >= (TINY.depth - 1) * again
+
+
+def test_unrolled_blocks_stop_and_give_tokens_as_a_loop_does():
+    _, params = networks()
+    whole, part = (
+        [nnx.merge(networks(placement=Placement(unrolled=unrolled))[0], params)(*inputs(), taps=(1, 3), stop=stop)
+         for stop in (None, 3)] for unrolled in (False, True)
+    )  # fmt: skip
+    assert part[1][0] is None
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(part), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
 
 
 @functools.cache

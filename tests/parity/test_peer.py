@@ -1,6 +1,7 @@
 """The PyTorch step that tools/benchmark.py measures against does the same arithmetic as ours."""
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,9 @@ import pytest
 
 from configs import dit_b2, sit_b2
 from sra_jax import config as config_lib
+from sra_jax.benchmarks import tasks
 from sra_jax.benchmarks.peers import PeerStep
+from sra_jax.benchmarks.sides import compiler_there
 from sra_jax.interop.pytorch import pytorch_from_params
 from sra_jax.runs.state import Networks
 from sra_jax.training.step import total_loss
@@ -58,6 +61,9 @@ def test_benchmark_beside_the_peer(recipe):
     done = run("tools/benchmark.py", "train_step", *flags)
     result = json.loads(done.stdout)
     assert result["speedup_vs_peer"] == pytest.approx(result["peer_step_seconds"] / result["step_seconds"])
+    if compiler_there():
+        compiled = result["compiled_peer_step_seconds"]
+        assert result["speedup_vs_compiled_peer"] == pytest.approx(compiled / result["step_seconds"])
     assert result["speedup_vs_truncated_peer"] == pytest.approx(
         result["peer_truncated_step_seconds"] / result["step_seconds"]
     )
@@ -78,3 +84,13 @@ def test_what_the_peer_cannot_do_is_refused(arguments, message):
     done = run("tools/benchmark.py", *arguments, "--peer=pytorch", code=2)
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_other_work_beside_pytorch():
+    """Every task runs on both sides, at sizes that take seconds."""
+    done = run(
+        "tools/benchmark.py", "beside", "--repeats=1", "--images=1", "--image_size=64", "--features=64", "--small_vae"
+    )  # fmt: skip
+    rows = done.stdout.strip().splitlines()
+    assert "cores of" in rows[0] and len(rows) == 2 + len(tasks.PEERS)
+    assert all(re.fullmatch(r"\| .+ \| \d+\.\d\d s \| \d+\.\d\d s \| \d+\.\d\d \|", row) for row in rows[2:])

@@ -6,9 +6,13 @@ import re
 import jax
 import pytest
 
-from configs import sit_b2, sit_xl2, sit_xl2_512
+from configs import sit_b2, sit_xl2, sit_xl2_512, t2i_coco
+from sra_jax import config as config_lib
+from sra_jax.data import registry
+from sra_jax.distributed import sharding
 from sra_jax.errors import UserError
 from sra_jax.training import fitting
+from sra_jax.training import program as program_lib
 from sra_jax.training.loop import train
 from tests.training.test_loop import recipe
 
@@ -59,6 +63,44 @@ def test_mesh_then_remat_then_accumulation():
     best = chosen(config, attempt)
     assert (best.model.remat, best.accumulation) == ("block", 4)
     assert not any(remat == "full" for _, remat, _ in attempted)
+
+
+def test_on_gpus_a_batch_is_cut_before_blocks_run_twice():
+    """Down to parts that keep a GPU busy; the GELUs are kept first, where the state is whole."""
+    config = sit_xl2.get_config()
+    state = fitting.whole_state(config)
+
+    def order(devices, memory):
+        found = fitting.candidates(config, devices, memory * GB, state, gpu=True)
+        return [(each["mesh.fsdp"], each["model.remat"], each["accumulation"]) for each in found]
+
+    quick = [(1, remat, parts) for parts in (1, 2, 4, 8) for remat in ("gelu", "dots")]
+    assert order(1, 1000)[:9] == [*quick, (1, "block", 1)]
+    assert order(1, 64)[:7] == [*quick[2:], (1, "block", 1)]  # the uncut batch does not fit by what it keeps alone
+    assert order(8, 1000)[:3] == [(1, "gelu", 1), (1, "dots", 1), (4, "dots", 1)]
+    assert order(8, 1000)[4:6] == [(1, "block", 1), (4, "block", 1)]  # halves would be of 16 examples a GPU
+    assert {remat for fsdp, remat, _ in order(4, 24) if fsdp == 4} == {"dots", "block", "full"}
+    assert len(set(order(8, 1000))) == len(order(8, 1000))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("remat", "unroll", "captions"),
+    [("gelu", "no", False), ("dots", "yes", False), ("dots", "no", True), ("block", "no", False), ("full", "no", True)],
+)
+def test_a_step_needs_at_least_what_is_said(remat, unroll, captions):
+    """By the compiler, of a network whose blocks are most of it."""
+    config = (t2i_coco if captions else sit_xl2).get_config("smoke")
+    config.update_from_flattened_dict({
+        "model.depth": 8, "model.remat": remat, "model.unroll": unroll, "accumulation": 1, "batch_size": 64,
+        "mesh.fsdp": 2, "mesh.data": 4,
+    })  # fmt: skip
+    mesh = sharding.make_mesh(config_lib.mesh_shape(config, 8))
+    dataset = registry.training_set(config)
+    program = program_lib.build(config, mesh, dataset, 4)
+    found = fitting.compile_step(program, program_lib.abstract_batch(dataset, 64, mesh), None)
+    least = fitting.least_bytes(config, 8, fitting.whole_state(config))
+    assert 0.1 * found.peak < least <= found.peak
 
 
 def test_what_is_given_stays():
