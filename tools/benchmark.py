@@ -81,6 +81,7 @@ def define_flags() -> None:
     flags.DEFINE_list("methods", list(METHODS), "methods: which of them, as --config.method.name takes them.")
     flags.DEFINE_string("topology", None, "methods: also a chip's memory for SiT-XL/2 on this TPU slice; needs libtpu.")
     flags.DEFINE_list("recipes", ["sit_b2:smoke"], "start: recipes of configs/, NAME or NAME:VARIANT, as they are.")
+    flags.DEFINE_list("tasks", list(tasks.PEERS), "beside: which of the tasks.")
     cli.whole_flag("images", 4, "beside: images at a time, of the VAE and of the FID network.", 1, values.BATCH_LIMIT)
     cli.whole_flag("image_size", 256, "beside: their height and width.", 32, 16_384)
     cli.whole_flag("features", 10_000, "beside: features of each of the two sets.", 20, 1_000_000)
@@ -147,8 +148,10 @@ def main(command: str) -> None:
             raise UserError(
                 f"beside needs {', '.join(missing)}: python -m pip install -r tests/parity/requirements.txt"
             )
+        if unknown := [name for name in FLAGS.tasks if name not in tasks.PEERS]:
+            raise UserError(f"--tasks={','.join(unknown)} is unknown; allowed: {', '.join(tasks.PEERS)}")
         sizes = tasks.Sizes(FLAGS.images, FLAGS.image_size, FLAGS.features, FLAGS.small_vae)
-        result = measure.beside(sizes, FLAGS.repeats)
+        result = measure.beside(sizes, FLAGS.tasks, FLAGS.repeats)
     elif command == "start":
         result = start.table([recipe(name) for name in FLAGS.recipes], measure.say)
     else:

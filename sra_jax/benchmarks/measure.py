@@ -285,12 +285,13 @@ def methods(
     return {"config": config.name, "batch_size": config.batch_size, "methods": rows, "markdown": lines}
 
 
-def beside(sizes: tasks.Sizes, repeats: int) -> dict[str, Any]:
-    """Encoding, the FID network and the metrics, ours and in PyTorch; "markdown" is the table."""
+def beside(sizes: tasks.Sizes, names: Sequence[str], repeats: int) -> dict[str, Any]:
+    """Tasks of `tasks.PEERS`, ours and in PyTorch; "markdown" is the table."""
     text = json.dumps(dataclasses.asdict(sizes))
     sides = {name: Remote(f"{name} tasks", text) for name in ("jax", "pytorch")}
     rows: dict[str, Any] = {}
-    for task, said in sizes.texts.items():
+    for task in names:
+        said = sizes.texts[task]
         for side in sides.values():
             side.call("prepare", task)
         calls = {name: functools.partial(side.call, "run", task) for name, side in sides.items()}

@@ -1,7 +1,6 @@
 """Inception score (Salimans et al., arXiv 1606.03498, section 4), with the splits of ADM's evaluation suite."""
 
 import numpy as np
-from scipy.special import log_softmax
 
 from sra_jax.errors import UserError
 
@@ -30,10 +29,13 @@ class InceptionScore:
         """Adds class scores (N,C), before the softmax, any N."""
         while len(logits):
             part, logits = np.split(logits, [self.split_size - self.seen])
-            log_probabilities = log_softmax(part.astype(np.float64), axis=1)
-            probabilities = np.exp(log_probabilities)
+            scores = part.astype(np.float64)
+            scores -= scores.max(axis=1, keepdims=True)
+            probabilities = np.exp(scores)
+            totals = probabilities.sum(axis=1, keepdims=True)
+            probabilities /= totals
             self.probability_sum = self.probability_sum + probabilities.sum(axis=0)
-            self.negative_entropy_sum += (probabilities * log_probabilities).sum()
+            self.negative_entropy_sum += np.vdot(probabilities, scores) - np.log(totals).sum()
             self.seen += len(part)
             if self.seen == self.split_size:
                 self.scores.append(self._score())

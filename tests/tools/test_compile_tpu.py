@@ -105,7 +105,8 @@ def test_implementations_of_attention_side_by_side(tmp_path):
     ("flag", "message"),
     [
         ("--attention=plain,cudnn", "model.attention=cudnn runs on NVIDIA GPUs of the Ampere generation or newer, and"),
-        ("--attention=pallas", "allowed: auto, cudnn, flash, splash, plain"), ("--remat=some", "allowed: none, gelu, dots"),
+        ("--attention=pallas", "allowed: auto, cudnn, flash, splash, plain"),
+        ("--remat=some", "allowed: none, gelu, dots"),
     ],
 )  # fmt: skip
 def test_comparisons_that_cannot_be_made(flag, message):
