@@ -245,12 +245,10 @@ class Attention(nnx.Module):
         qkv, precision = self.project(x), self.config.precision
         if condition is None or condition.sizes is None:
             return self.out(self.attend(qkv, precision, condition and condition.segments))
-        ends = np.cumsum(condition.sizes)
-        starts = (0, *ends[:-1])
-        parts = [
-            self.attend(jax.tree.map(lambda x: x[:, start:end], qkv), precision)  # noqa: B023
-            for start, end in zip(starts, ends, strict=True)
-        ]
+        ends = np.cumsum(condition.sizes)[:-1]
+        arrays, structure = jax.tree.flatten(qkv)
+        pieces = zip(*(jnp.split(array, ends, axis=1) for array in arrays), strict=True)
+        parts = [self.attend(jax.tree.unflatten(structure, piece), precision) for piece in pieces]
         return self.out(jnp.concatenate(parts, axis=1))
 
     def project(self, x: jax.Array) -> Projected:
