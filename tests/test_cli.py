@@ -18,7 +18,7 @@ from tests.in_process import call, flags_of
 TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("*.py"))
 TEXTS = {
     "labels", "sampler", "sampling_steps", "guidance_interval", "names", "blocks", "levels", "metrics", "topology",
-    "recipes", "parts", "coordinator_address", "methods", "ema", "prompt", "prompts", "attention", "remat",
+    "recipes", "parts", "tasks", "coordinator_address", "methods", "ema", "prompt", "prompts", "attention", "remat",
     "seeds", "measure_at", "probe_levels", "shard", "vary",
     "guidance_scales", "guidance_intervals", "emas", "steps", "name", "topologies",
 }  # fmt: skip
