@@ -26,13 +26,13 @@ from ml_collections import ConfigDict
 from sra_jax import config as config_lib
 from sra_jax.benchmarks.acceptance import Result, Settings, row
 from sra_jax.benchmarks.sides import JaxSide
+from sra_jax.benchmarks.tasks import random_autoencoder
 from sra_jax.data import registry
 from sra_jax.distributed import sharding
 from sra_jax.distributed.devices import memory_bytes
 from sra_jax.errors import UserError
 from sra_jax.evaluation.extractors import build_extractor
 from sra_jax.models import attention
-from sra_jax.models.autoencoder import Autoencoder, AutoencoderConfig, abstract_model
 from sra_jax.training import fitting
 from sra_jax.training import program as program_lib
 
@@ -392,12 +392,7 @@ def measure_networks(settings: Settings) -> Result:
     """Images a second of the VAE's encoder and of the FID network, with random weights, which change no speed."""
     size, repeats = (64, 1) if settings.quick else (256, 5)
     generator = np.random.default_rng(0)
-    small = AutoencoderConfig(block_out_channels=(32, 32, 32, 32), layers_per_block=1)
-    vae_config = small if settings.quick else AutoencoderConfig()
-    params = jax.tree.map(
-        lambda x: generator.normal(0, 0.02, x.shape).astype(np.float32), abstract_model(vae_config)[1]
-    )  # fmt: skip
-    vae = Autoencoder(vae_config, params, dtype=jnp.float32 if settings.quick else jnp.bfloat16)
+    vae = random_autoencoder(settings.quick, dtype=jnp.float32 if settings.quick else jnp.bfloat16)
     batch = 1 if settings.quick else 16
     images = jax.device_put(generator.uniform(-1, 1, (batch, size, size, 3)).astype(np.float32))
     encoding = timed(lambda: vae.encode(images), repeats)

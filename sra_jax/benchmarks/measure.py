@@ -304,9 +304,10 @@ def beside(sizes: tasks.Sizes, names: Sequence[str], repeats: int) -> dict[str, 
         }  # fmt: skip
     for side in sides.values():
         side.close()
-    lines = [f"| {tasks.machine()} | ours | PyTorch | PyTorch's over ours |", "| --- | --- | --- | --- |"]
+    machine = tasks.machine()
+    lines = [f"| {machine} | ours | PyTorch | PyTorch's over ours |", "| --- | --- | --- | --- |"]
     lines += [
         f"| {row['what']} | {row['seconds']:.2f} s | {row['peer_seconds']:.2f} s | {row['peer_over_ours']:.2f} |"
         for row in rows.values()
     ]
-    return {"machine": tasks.machine(), "tasks": rows, "markdown": lines}
+    return {"machine": machine, "tasks": rows, "markdown": lines}

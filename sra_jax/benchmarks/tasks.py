@@ -103,16 +103,7 @@ class JaxTasks(_Side):
         """From pixels in [-1, 1] on the device to means and deviations there."""
         import jax
 
-        from sra_jax.models.autoencoder import Autoencoder, AutoencoderConfig, abstract_model
-
-        config = AutoencoderConfig()
-        if self.sizes.small_vae:
-            config = AutoencoderConfig(block_out_channels=(32, 32, 32, 32), layers_per_block=1)
-        generator = np.random.default_rng(3)
-        params = jax.tree.map(
-            lambda x: generator.normal(0, 0.02, x.shape).astype(np.float32), abstract_model(config)[1]
-        )  # fmt: skip
-        vae = Autoencoder(config, params)
+        vae = random_autoencoder(self.sizes.small_vae)
         images = jax.device_put(self.sizes.pictures().astype(np.float32) / 127.5 - 1)
         return lambda: jax.block_until_ready(vae.encode(images))
 
@@ -127,23 +118,19 @@ class JaxTasks(_Side):
         images = self.sizes.pictures()
         return lambda: jax.block_until_ready(apply(parameters, images))
 
-    def _statistics(self, features: np.ndarray) -> Any:
-        from sra_jax.evaluation.statistics import Moments
-
-        moments = Moments()
-        moments.update(features)
-        return moments.statistics()
-
     def make_statistics(self) -> Callable[[], Any]:
         """Mean and covariance, float64."""
+        from sra_jax.evaluation.statistics import gaussian_statistics
+
         first, _ = self.sizes.pool()
-        return lambda: self._statistics(first)
+        return lambda: gaussian_statistics(first)
 
     def make_fid(self) -> Callable[[], Any]:
         """The distance alone."""
         from sra_jax.evaluation.frechet import frechet_distance
+        from sra_jax.evaluation.statistics import gaussian_statistics
 
-        first, second = (self._statistics(features) for features in self.sizes.pool())
+        first, second = map(gaussian_statistics, self.sizes.pool())
         return lambda: frechet_distance(first, second)
 
     def make_inception_score(self) -> Callable[[], Any]:
@@ -180,7 +167,7 @@ class PytorchTasks(_Side):
         self._torch = torch
 
     def make_vae(self) -> Callable[[], Any]:
-        """The fuller of its two memory layouts for CPUs, channels last."""
+        """Channels last in memory, as ours."""
         from diffusers import AutoencoderKL
 
         torch, small = self._torch, self.sizes.small_vae
@@ -233,6 +220,20 @@ class PytorchTasks(_Side):
         first, second = (self._torch.from_numpy(x) for x in self.sizes.pool())
         size = min(1000, len(first))
         return lambda: kid_features_to_metric(first, second, verbose=False, kid_subset_size=size)
+
+
+def random_autoencoder(small: bool, **options: Any) -> Any:
+    """Stable Diffusion's VAE with random weights, or one of a hundredth of its size; `options` of `Autoencoder`."""
+    import jax
+
+    from sra_jax.models.autoencoder import Autoencoder, AutoencoderConfig, abstract_model
+
+    config = AutoencoderConfig(block_out_channels=(32,) * 4, layers_per_block=1) if small else AutoencoderConfig()
+    generator = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda x: generator.normal(0, 0.02, x.shape).astype(np.float32), abstract_model(config)[1]
+    )  # fmt: skip
+    return Autoencoder(config, params, **options)
 
 
 def untrained_inception() -> Callable[[Any], Any]:

@@ -144,8 +144,12 @@ def gains_by_unrolling(mesh: Mesh) -> bool:
     So it is on GPUs that hold the whole state. A state that is split is made whole a block at a time, which only the
     loop makes sure of.
     """
-    whole = mesh.shape["fsdp"] == mesh.shape["model"] == 1
-    return whole and is_gpu(mesh.devices.flat[0])
+    return holds_whole_state(mesh) and is_gpu(mesh.devices.flat[0])
+
+
+def holds_whole_state(mesh: Mesh) -> bool:
+    """Whether each device of the mesh has all parameters."""
+    return mesh.shape["fsdp"] == mesh.shape["model"] == 1
 
 
 def split_attention(attend: attention.Attend, mesh: Mesh) -> attention.Attend:
@@ -181,7 +185,7 @@ def placement(mesh: Mesh, dtype: Any, attend: attention.Attend = operations.atte
       attend: the implementation of attention.
     """
     # A gain on CPUs, where parameters are whole; TPUs would have to lay kernels out anew.
-    whole = mesh.shape["fsdp"] == mesh.shape["model"] == 1
+    whole = holds_whole_state(mesh)
     product = operations.product if whole and mesh.devices.flat[0].platform == "cpu" else jax.lax.dot_general
     if mesh.size == 1:
         return Placement(product=product, attend=attend)
