@@ -4,6 +4,7 @@ Axes: `data` splits the batch; `fsdp` splits the batch and the state (parameters
 being gathered when it is its turn; `model` splits attention heads and the hidden layer of the MLP (tensor parallelism).
 """
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,6 +22,9 @@ from sra_jax.models.stack import Placement
 
 BATCH = P(("data", "fsdp"))
 GATHERED = "fsdp"
+
+REPEATING = ("--xla_gpu_exclude_nondeterministic_ops", "--xla_gpu_deterministic_ops")
+"""Flags of XLA with which GPUs compute the same bits in every run."""
 
 BLOCKS = r"(blocks|last_block)(/text|/image)?"
 """Stacks of blocks, of one stream or of two."""
@@ -138,13 +142,26 @@ def is_gpu(device: jax.Device | None = None) -> bool:
     return platform(device or jax.devices()[0]) in (attention.CUDA, attention.CUDA_OLD, attention.ROCM)
 
 
-def gains_by_unrolling(mesh: Mesh) -> bool:
+def gains_by_unrolling(mesh: Mesh, name: str) -> bool:
     """Whether a training step is quicker with a network's blocks one after the other than with a loop over them.
 
     So it is on GPUs that hold the whole state. A state that is split is made whole a block at a time, which only the
     loop makes sure of.
+
+    Args:
+      mesh: the devices.
+      name: how the network attends, an implementation's.
     """
-    return holds_whole_state(mesh) and is_gpu(mesh.devices.flat[0])
+    # Where GPUs are to repeat every bit, JAX 0.11's compiler loses all but one of the equal cuDNN calls of such a step,
+    # which then ends as an IndexError when it is run.
+    lost = name == "cudnn" and must_repeat(os.environ.get("XLA_FLAGS", ""))
+    return holds_whole_state(mesh) and is_gpu(mesh.devices.flat[0]) and not lost
+
+
+def must_repeat(flags: str) -> bool:
+    """Whether XLA_FLAGS ask for programs that compute the same bits every time, which a GPU's do not by themselves."""
+    last = dict(flag.partition("=")[::2] for flag in flags.split())
+    return any(last.get(name, "false").lower() in ("", "1", "true") for name in REPEATING)
 
 
 def holds_whole_state(mesh: Mesh) -> bool:

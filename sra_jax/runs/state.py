@@ -38,7 +38,7 @@ def placement_on(mesh: Mesh, config: ConfigDict, training: bool = False) -> Plac
     """
     shape = config_lib.transformer_of(config)
     name = sharding.implementation_on(mesh, config.model.attention, shape)
-    unrolls = {"yes": True, "no": False}.get(config.model.unroll, sharding.gains_by_unrolling(mesh))
+    unrolls = {"yes": True, "no": False}.get(config.model.unroll, sharding.gains_by_unrolling(mesh, name))
     return dataclasses.replace(
         sharding.placement(mesh, config_lib.DTYPES[config.dtype], sharding.attention_on(mesh, name, shape)),
         apart=attention.IMPLEMENTATIONS[name].apart, unrolled=training and unrolls,
