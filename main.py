@@ -20,10 +20,10 @@ Examples:
     python main.py --config=configs/sit_b2.py --config.model.depth=10 --print_config
 """
 
-from sra_jax import memory_pages
+from sra_jax import heap
 
 if __name__ == "__main__":
-    memory_pages.use_large_pages()
+    heap.tune()
 
 from absl import flags
 

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from sra_jax import memory_pages
+from sra_jax import heap
 
 ROOT = Path(__file__).resolve().parents[1]
 SERVER = Path(__file__).with_name("running_server.py")
@@ -109,16 +109,16 @@ def _server() -> tuple[socket.socket, dict[str, str]]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     environment = command_environment()
     subprocess.Popen(
-        [sys.executable, str(SERVER), str(theirs.fileno())], cwd=ROOT, env=_with_pages(environment),
+        [sys.executable, str(SERVER), str(theirs.fileno())], cwd=ROOT, env=_with_tuned_heap(environment),
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=[theirs.fileno()],
     )  # fmt: skip
     theirs.close()
     return ours, _imported(environment)
 
 
-def _with_pages(environment: Mapping[str, str]) -> dict[str, str]:
+def _with_tuned_heap(environment: Mapping[str, str]) -> dict[str, str]:
     """With what main.py and the tools would otherwise restart themselves for."""
-    return memory_pages.with_large_pages(environment) or dict(environment)
+    return heap.tuned(environment) or dict(environment)
 
 
 def _imported(environment: Mapping[str, str]) -> dict[str, str]:
@@ -171,7 +171,7 @@ def start(
             [sys.executable, script, *flags], cwd=folder, env=variables, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
-    return Command((script, *flags), _with_pages(variables), folder)
+    return Command((script, *flags), _with_tuned_heap(variables), folder)
 
 
 def run(

@@ -5,7 +5,7 @@ import ast
 from tests.conftest import ROOT, run
 
 ROOMS = (
-    "errors", "remote", "values", "files", "cli", "memory_pages", "models", "distributed", "diffusion", "methods",
+    "errors", "remote", "values", "files", "cli", "heap", "models", "distributed", "diffusion", "methods",
     "config", "interop", "data", "runs", "sampling", "evaluation", "inspection", "training", "planning", "benchmarks",
 )  # fmt: skip
 PACKAGE = ROOT / "sra_jax"

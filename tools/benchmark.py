@@ -75,7 +75,7 @@ def define_flags() -> None:
     """Flags of the commands that live in this file."""
     config_lib.define_flag("The recipe; its data is replaced by synthetic latents.")
     flags.DEFINE_enum("peer", "none", ["none", "pytorch"], "What to measure beside ours.")
-    flags.DEFINE_bool("peer_large_pages", False, "Start PyTorch with large memory pages, as main.py starts itself.")
+    flags.DEFINE_bool("peer_tuned_heap", False, "Start PyTorch with a heap that keeps memory, as main.py does.")
     cli.whole_flag("repeats", 5, "Rounds, in each of which every side runs once.", 1, 1000)
     cli.whole_flag("samples", 4, "sampler: samples at a time.", 1, values.BATCH_LIMIT)
     flags.DEFINE_list("methods", list(METHODS), "methods: which of them, as --config.method.name takes them.")
@@ -174,18 +174,18 @@ def measured(command: str) -> dict[str, Any]:
     """The figures of a command on --config."""
     config = prepared_config(command, FLAGS.config, FLAGS.keep_dtype, FLAGS.peer)
     if command == "train_step":
-        result = measure.train_step(config, FLAGS.peer, FLAGS.repeats, FLAGS.peer_large_pages)
+        result = measure.train_step(config, FLAGS.peer, FLAGS.repeats, FLAGS.peer_tuned_heap)
     elif command == "growth":
         result = measure.growth(config, FLAGS.repeats)
     elif command == "compile":
         result = measure.compile_times(config, FLAGS.repeats)
     elif command == "sampler":
-        result = measure.sampler(config, FLAGS.peer, FLAGS.repeats, FLAGS.samples, FLAGS.peer_large_pages)
+        result = measure.sampler(config, FLAGS.peer, FLAGS.repeats, FLAGS.samples, FLAGS.peer_tuned_heap)
     elif command == "methods":
         memory = functools.partial(chip_memory, chips.parse_slice(FLAGS.topology)) if FLAGS.topology else None
         result = measure.methods(config, FLAGS.methods, FLAGS.repeats, memory)
     else:
-        result = measure.table(config, FLAGS.peer, FLAGS.repeats, FLAGS.samples, FLAGS.peer_large_pages)
+        result = measure.table(config, FLAGS.peer, FLAGS.repeats, FLAGS.samples, FLAGS.peer_tuned_heap)
     return result
 
 

@@ -39,10 +39,10 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from sra_jax import memory_pages
+from sra_jax import heap
 
 if __name__ == "__main__":
-    memory_pages.use_large_pages()
+    heap.tune()
 
 import numpy as np
 from absl import flags

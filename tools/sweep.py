@@ -22,10 +22,10 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from sra_jax import memory_pages
+from sra_jax import heap
 
 if __name__ == "__main__":
-    memory_pages.use_large_pages()
+    heap.tune()
 
 from absl import flags
 

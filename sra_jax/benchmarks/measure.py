@@ -46,7 +46,7 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def train_step(config: ConfigDict, peer: str, repeats: int, peer_large_pages: bool = False) -> dict[str, Any]:
+def train_step(config: ConfigDict, peer: str, repeats: int, peer_tuned_heap: bool = False) -> dict[str, Any]:
     """Our step with the recipe's method and without, and the peer's with a full, a truncated and no teacher.
 
     The peer runs as it is, eagerly; with torch.compile, too, where there is a C++ compiler.
@@ -55,7 +55,7 @@ def train_step(config: ConfigDict, peer: str, repeats: int, peer_large_pages: bo
     flops = config_lib.step_flops(config).total
     memory: dict[str, float] = {}
     for side, variant in (("jax", "method"), ("pytorch", "full"))[: 2 if peer == "pytorch" else 1]:
-        alone = Remote(side, text, side == "jax" or peer_large_pages)  # memory of one side doing one thing
+        alone = Remote(side, text, side == "jax" or peer_tuned_heap)  # memory of one side doing one thing
         memory[side] = alone.call("prepare", variant)["peak_memory_bytes"]
         alone.close()
         say(f"peak memory of {side} alone: {memory[side] / 1e9:.2f} GB")
@@ -69,12 +69,12 @@ def train_step(config: ConfigDict, peer: str, repeats: int, peer_large_pages: bo
     }
     theirs, theirs_compiled = None, None
     if peer == "pytorch":
-        theirs = Remote("pytorch", text, peer_large_pages)
+        theirs = Remote("pytorch", text, peer_tuned_heap)
         for variant in ("full", "truncated", "none"):
             theirs.call("prepare", variant)
             calls[f"peer_{variant}"] = functools.partial(theirs.call, "step", variant)
         if compiler_there():
-            theirs_compiled = Remote("pytorch compiled", text, peer_large_pages)
+            theirs_compiled = Remote("pytorch compiled", text, peer_tuned_heap)
             try:
                 for variant in ("full", "truncated"):
                     theirs_compiled.call("prepare", variant)
@@ -169,7 +169,7 @@ def compile_times(config: ConfigDict, repeats: int) -> dict[str, Any]:
 
 
 def sampler(
-    config: ConfigDict, peer: str, repeats: int, count: int, peer_large_pages: bool = False
+    config: ConfigDict, peer: str, repeats: int, count: int, peer_tuned_heap: bool = False
 ) -> dict[str, Any]:
     """One batch of samples of ours and of the peer's loop."""
     if peer == "pytorch" and config.sampling.sampler != "sde":
@@ -177,7 +177,7 @@ def sampler(
     text = config_lib.to_json(config)
     sides = {"ours": Remote("jax", text)}
     if peer == "pytorch":
-        sides["peer"] = Remote("pytorch", text, peer_large_pages)
+        sides["peer"] = Remote("pytorch", text, peer_tuned_heap)
     prepared = {name: side.call("prepare_sampler", count) for name, side in sides.items()}
     for side in sides.values():
         side.call("sample")
@@ -196,14 +196,14 @@ def sampler(
 
 
 def table(
-    config: ConfigDict, peer: str, repeats: int, count: int, peer_large_pages: bool = False
+    config: ConfigDict, peer: str, repeats: int, count: int, peer_tuned_heap: bool = False
 ) -> dict[str, Any]:
     """Everything about one recipe; "markdown" is the table."""
     half = config.copy_and_resolve_references()
     half.batch_size = max(1, config.batch_size // 2)
     result = {
-        "train_step": train_step(config, peer, repeats, peer_large_pages),
-        "sampler": sampler(config, peer, repeats, count, peer_large_pages),
+        "train_step": train_step(config, peer, repeats, peer_tuned_heap),
+        "sampler": sampler(config, peer, repeats, count, peer_tuned_heap),
         "growth": growth(half, repeats),
         "compile": compile_times(config, 1),
     }

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from sra_jax import memory_pages
+from sra_jax import heap
 from sra_jax.benchmarks.tasks import JaxTasks, PytorchTasks
 
 MATMUL = 4096
@@ -235,15 +235,15 @@ class Remote:
     Args:
       side: a key of SIDES.
       config_json: the recipe, or the sizes of tasks.
-      large_pages: start with large memory pages where they help, as main.py does (sra_jax/memory_pages.py).
+      tuned_heap: start with a heap that keeps its memory where that helps, as main.py does (sra_jax/heap.py).
     """
 
-    def __init__(self, side: str, config_json: str, large_pages: bool = True):
+    def __init__(self, side: str, config_json: str, tuned_heap: bool = True):
         context = multiprocessing.get_context("spawn")
         self._connection, other = context.Pipe()
         self._process = context.Process(target=_serve, args=(other, side, config_json), daemon=True)
         before = os.environ.copy()
-        os.environ.update((large_pages and memory_pages.with_large_pages(before)) or {})
+        os.environ.update((tuned_heap and heap.tuned(before)) or {})
         self._process.start()  # with the environment of this moment
         os.environ.clear()
         os.environ.update(before)

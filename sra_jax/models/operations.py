@@ -114,24 +114,44 @@ def _attend_forward(
 def _attend_backward(
     precision: Precision, saved: tuple[jax.Array, jax.Array | None, jax.Array], gradient: jax.Array
 ) -> tuple[jax.Array, None]:
+    # The CPU's compiler multiplies on one core where the rows of the left matrix are summed over: two of the gradient's
+    # five products with the scores' queries first, one with their keys first.
+    of_qkv = jax.lax.platform_dependent(
+        *(x for x in (*saved, gradient) if x is not None),
+        cpu=functools.partial(attention_gradient, precision, keys_first=True),
+        default=functools.partial(attention_gradient, precision),
+    )
+    return settled(of_qkv), None
+
+
+def attention_gradient(precision: Precision, qkv: jax.Array, *rest: jax.Array, keys_first: bool = False) -> jax.Array:
     """As in FlashAttention (Dao et al., arXiv 2205.14135, section B.2): the weights w again, the output not.
 
     With o = w v / z and z the sum of w over keys, the gradient of a score is w (g v^T - (g . o)) / z.
+
+    Args:
+      precision: of the products.
+      qkv: as `attend` got them.
+      *rest: its segments if it got some, its output o, and the output's gradient g (B,N,H,d).
+      keys_first: whether scores lie as (B,H,N of keys,N of queries) meanwhile. It changes how they are added up alone.
+
+    Returns:
+      The gradient of `qkv`.
     """
-    qkv, segments, output = saved
+    *segments, output, gradient = rest
     q, k, v = _heads_first(qkv)
-    weights = _weights(q, k, segments, precision)
+    scores, over_keys = ("bhkq", 2) if keys_first else ("bhqk", 3)
+    weights = _weights(q, k, segments[0] if segments else None, precision, keys_first)
     gradient, output = (jnp.moveaxis(x, 2, 1).astype(jnp.float32) for x in (gradient, output))
-    gradient = gradient / weights.sum(axis=-1, keepdims=True)
-    along_output = (gradient * output).sum(axis=-1, keepdims=True)
+    gradient = gradient / weights.sum(axis=over_keys)[..., None]
+    along_output = jnp.expand_dims((gradient * output).sum(axis=-1), over_keys)
     gradient = gradient.astype(v.dtype)
-    of_v = _einsum("bhqk,bhqd->bhkd", weights.astype(v.dtype), gradient, precision)
-    of_weights = _einsum("bhqd,bhkd->bhqk", gradient, v, precision) - along_output
+    of_v = _einsum(f"{scores},bhqd->bhkd", weights.astype(v.dtype), gradient, precision)
+    of_weights = _of_pairs(gradient, v, precision, keys_first) - along_output
     of_scores = (weights * of_weights * q.shape[-1] ** -0.5).astype(v.dtype)
-    of_q = _einsum("bhqk,bhkd->bhqd", of_scores, k, precision)
-    of_k = _einsum("bhqk,bhqd->bhkd", of_scores, q, precision)
-    parts = [jnp.moveaxis(x.astype(qkv.dtype), 1, 2) for x in (of_q, of_k, of_v)]
-    return settled(jnp.stack(parts, axis=2)), None
+    of_q = _einsum(f"{scores},bhkd->bhqd", of_scores, k, precision)
+    of_k = _einsum(f"{scores},bhqd->bhkd", of_scores, q, precision)
+    return jnp.stack([jnp.moveaxis(x.astype(qkv.dtype), 1, 2) for x in (of_q, of_k, of_v)], axis=2)
 
 
 attend.defvjp(_attend_forward, _attend_backward)
@@ -142,13 +162,22 @@ def _heads_first(qkv: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(jnp.moveaxis(qkv, (2, 3), (0, 2)))
 
 
-def _weights(q: jax.Array, k: jax.Array, segments: jax.Array | None, precision: Precision) -> jax.Array:
+def _weights(
+    q: jax.Array, k: jax.Array, segments: jax.Array | None, precision: Precision, keys_first: bool = False
+) -> jax.Array:
     """Softmax before its division, float32: 1 at the largest score of a query, 0 at keys of other segments."""
-    scores = _einsum("bhqd,bhkd->bhqk", q, k, precision)
+    scores = _of_pairs(q, k, precision, keys_first)
     if segments is not None:
         seen = segments[:, None, :, None] == segments[:, None, None, :]  # (B,1,N,N)
         scores = jnp.where(seen, scores, -jnp.inf)  # a token sees itself, so the largest score is finite
-    return jnp.exp((scores - scores.max(axis=-1, keepdims=True)) * q.shape[-1] ** -0.5)
+    return jnp.exp((scores - scores.max(axis=2 if keys_first else 3, keepdims=True)) * q.shape[-1] ** -0.5)
+
+
+def _of_pairs(q: jax.Array, k: jax.Array, precision: Precision, keys_first: bool) -> jax.Array:
+    """Products of every query with every key, (B,H,N,N) float32: a row a query, or with `keys_first` a row a key."""
+    if keys_first:
+        return _einsum("bhkd,bhqd->bhkq", k, q, precision)
+    return _einsum("bhqd,bhkd->bhqk", q, k, precision)
 
 
 def _einsum(subscripts: str, a: jax.Array, b: jax.Array, precision: Precision) -> jax.Array:

@@ -43,6 +43,19 @@ def test_attention(shape, compiled):
     )
 
 
+@pytest.mark.parametrize("segmented", [False, True])
+@pytest.mark.parametrize("keys_first", [False, True])
+def test_attention_s_gradient_in_either_order_of_the_scores(keys_first, segmented):
+    """The CPU takes one order and other devices the other, so that only one of them runs in a network here."""
+    qkv = normal(3, 2, 9, 3, 4, 5)
+    segments = jnp.asarray(np.random.default_rng(4).integers(0, 3, (2, 9)), jnp.int32)
+    output, vjp = jax.vjp(lambda x: masked_attention(x, segments) if segmented else plain_attention(x, HIGHEST), qkv)
+    gradient = normal(5, *output.shape)
+    given = (segments, output, gradient) if segmented else (output, gradient)
+    found = operations.attention_gradient(HIGHEST, qkv, *given, keys_first=keys_first)
+    np.testing.assert_allclose(found, vjp(gradient)[0], rtol=0, atol=1e-5)
+
+
 def test_attention_of_large_scores_stays_finite():
     """Scores of several thousand: the softmax is one-hot, and neither it nor its gradient overflows."""
     qkv = normal(1, 2, 8, 3, 2, 4) * jnp.array([100.0, 100.0, 1.0])[:, None, None]

@@ -1,0 +1,71 @@
+"""Memory of a program that computes on the CPU: kept from step to step, and in large pages.
+
+XLA's CPU backend takes the memory of a step from the C library, a gigabyte for the whole and megabytes for what each
+product of matrices packs, and gives it back afterwards. By itself the library returns all of that to the kernel, which
+clears it and maps it anew, page by page, at the next use: a twentieth of a step's time, and more where memory is
+scarce. Told before a program starts, by an environment variable, glibc keeps what it was given back, and asks for pages
+of 2 MB in place of 4 KB; hence a command restarts itself once with it.
+"""
+
+import glob
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+VARIABLE = "GLIBC_TUNABLES"
+KEPT = {
+    "glibc.malloc.mmap_max": 0,  # large pieces come from the heap, too
+    "glibc.malloc.trim_threshold": 2**40,  # bytes free at the heap's end from which it would shrink
+    "glibc.malloc.arena_max": 1,  # other heaps than the first are of 64 MB, and go when they are empty
+}
+LARGE_PAGES = {"glibc.malloc.hugetlb": 1}
+_FIRST_GLIBC, _FIRST_WITH_PAGES = (2, 26), (2, 35)
+_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+_ACCELERATORS = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/kfd")
+
+
+def tune() -> None:
+    """Replace this process by the same command with a tuned heap, where that can help; otherwise do nothing.
+
+    To be called by a command before it imports anything that takes time. It does nothing where an accelerator
+    computes, where the C library cannot do it, and where `GLIBC_TUNABLES` already says something of what would be set
+    (`GLIBC_TUNABLES=glibc.malloc.hugetlb=0` therefore turns it off).
+    """
+    environment = tuned(os.environ)
+    if environment is not None:
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+
+
+def tuned(environment: Mapping[str, str]) -> dict[str, str] | None:
+    """The environment with a tuned heap, or None where it is of no use or something is said of it already."""
+    given = environment.get(VARIABLE, "")
+    version = _glibc()
+    said = any(name in given for name in (*KEPT, *LARGE_PAGES))
+    if said or version < _FIRST_GLIBC or not _computes_on_cpu(environment):
+        return None
+    wanted = KEPT | (LARGE_PAGES if version >= _FIRST_WITH_PAGES and _kernel_waits_to_be_asked() else {})
+    return {**environment, VARIABLE: ":".join(filter(None, (given, *(f"{k}={v}" for k, v in wanted.items()))))}
+
+
+def _computes_on_cpu(environment: Mapping[str, str]) -> bool:
+    platforms = environment.get("JAX_PLATFORMS", "")
+    if platforms:
+        return platforms.split(",")[0] == "cpu"
+    return not any(glob.glob(pattern) for pattern in _ACCELERATORS)
+
+
+def _glibc() -> tuple[int, ...]:
+    """The version of the C library if it is glibc, else (0,)."""
+    try:
+        name, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").split()
+        return tuple(int(part) for part in version.split(".")[:2]) if name == "glibc" else (0,)
+    except (AttributeError, OSError, ValueError):  # another system, another C library
+        return (0,)
+
+
+def _kernel_waits_to_be_asked() -> bool:
+    try:
+        return "[madvise]" in _PAGES.read_text()
+    except OSError:
+        return False
