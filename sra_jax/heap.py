@@ -1,10 +1,10 @@
 """Memory of a program that computes on the CPU: kept from step to step, and in large pages.
 
-XLA's CPU backend takes the memory of a step from the C library, a gigabyte for the whole and megabytes for what each
-product of matrices packs, and gives it back afterwards. By itself the library returns all of that to the kernel, which
-clears it and maps it anew, page by page, at the next use: a twentieth of a step's time, and more where memory is
-scarce. Told before a program starts, by an environment variable, glibc keeps what it was given back, and asks for pages
-of 2 MB in place of 4 KB; hence a command restarts itself once with it.
+XLA's CPU backend takes memory from the C library, gigabytes for a whole step and megabytes for what each product of
+matrices packs, and gives it back afterwards. By itself the library returns most of that to the kernel, which clears it
+and maps it anew, page by page, at the next use. Told before a program starts, by an environment variable, glibc keeps
+the pieces of megabytes, and asks for pages of 2 MB in place of 4 KB; hence a command restarts itself once with it. (The
+largest it could keep, too, but then a heap with holes takes up to half as much memory again.)
 """
 
 import glob
@@ -15,9 +15,8 @@ from pathlib import Path
 
 VARIABLE = "GLIBC_TUNABLES"
 KEPT = {
-    "glibc.malloc.mmap_max": 0,  # large pieces come from the heap, too
+    "glibc.malloc.mmap_threshold": 2**25,  # bytes up to which a piece comes from the heap; glibc takes no more
     "glibc.malloc.trim_threshold": 2**40,  # bytes free at the heap's end from which it would shrink
-    "glibc.malloc.arena_max": 1,  # other heaps than the first are of 64 MB, and go when they are empty
 }
 LARGE_PAGES = {"glibc.malloc.hugetlb": 1}
 _FIRST_GLIBC, _FIRST_WITH_PAGES = (2, 26), (2, 35)

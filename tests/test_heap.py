@@ -55,16 +55,16 @@ def test_what_a_user_says_of_the_heap_stays(name):
 
 
 WORK = """
-import resource, sys, threading
+import resource, sys
 from sra_jax import heap
 heap.tune()
 def work():
     for _ in range(int(sys.argv[1])):
-        large, small = bytearray(50_000_000), [bytearray(1_000_000) for _ in range(20)]
+        large, small = bytearray(30_000_000), [bytearray(1_000_000) for _ in range(40)]
         del large, small
-thread = threading.Thread(target=work); thread.start(); thread.join()
+work()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-thread = threading.Thread(target=work); thread.start(); thread.join()
+work()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
