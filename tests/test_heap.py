@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -22,12 +23,12 @@ CPU = {"JAX_PLATFORMS": "cpu", "PATH": "/usr/bin"}
 needs_glibc = pytest.mark.skipif(heap.tuned(CPU) is None, reason="this C library cannot be tuned")
 
 
-def run(tmp_path: Path, **environment: str) -> list[str]:
+def run(tmp_path: Path, text=SCRIPT, arguments: Sequence[str] = ("--a=b c", "d"), **environment: str) -> list[str]:
     script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
+    script.write_text(text)
     kept = {name: value for name, value in os.environ.items() if name != heap.VARIABLE}
     done = subprocess.run(
-        [sys.executable, "-X", "utf8", str(script), "--a=b c", "d"], env=kept | {"PYTHONPATH": str(ROOT)} | environment,
+        [sys.executable, "-X", "utf8", str(script), *arguments], env=kept | {"PYTHONPATH": str(ROOT)} | environment,
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     return done.stdout.splitlines()
@@ -72,14 +73,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 @needs_glibc
 def test_memory_is_kept_for_the_next_step(tmp_path):
     """Without it each of ten rounds maps 70 MB anew, 17,000 pages of 4 KB or dozens of 2 MB."""
-    script = tmp_path / "work.py"
-    script.write_text(WORK)
-    environment = {name: value for name, value in os.environ.items() if name != heap.VARIABLE}
-    done = subprocess.run(
-        [sys.executable, str(script), "10"], env=environment | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert int(done.stdout) < 50
+    (faults,) = run(tmp_path, WORK, ["10"], JAX_PLATFORMS="cpu")
+    assert int(faults) < 50
 
 
 def test_a_user_can_turn_it_off(tmp_path):
