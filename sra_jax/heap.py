@@ -2,9 +2,9 @@
 
 XLA's CPU backend takes memory from the C library, gigabytes for a whole step and megabytes for what each product of
 matrices packs, and gives it back afterwards. By itself the library returns most of that to the kernel, which clears it
-and maps it anew, page by page, at the next use. Told before a program starts, by an environment variable, glibc keeps
-the pieces of megabytes, and asks for pages of 2 MB in place of 4 KB; hence a command restarts itself once with it. (The
-largest it could keep, too, but then a heap with holes takes up to half as much memory again.)
+and maps it anew, page by page, at the next use; where memory is in pieces, as after hours of other work, it moves pages
+about to find large ones, which can take a third of a step. Told before a program starts, by an environment variable,
+glibc keeps it all, and asks for pages of 2 MB in place of 4 KB; hence a command restarts itself once with it.
 """
 
 import glob
@@ -15,7 +15,8 @@ from pathlib import Path
 
 VARIABLE = "GLIBC_TUNABLES"
 KEPT = {
-    "glibc.malloc.mmap_threshold": 2**25,  # bytes up to which a piece comes from the heap; glibc takes no more
+    "glibc.malloc.mmap_max": 0,  # pieces that are mapped one by one, and unmapped when they are given back
+    "glibc.malloc.arena_max": 1,  # heaps; only the first can hold more than 64 MB
     "glibc.malloc.trim_threshold": 2**40,  # bytes free at the heap's end from which it would shrink
 }
 LARGE_PAGES = {"glibc.malloc.hugetlb": 1}

@@ -30,6 +30,7 @@ from sra_jax.config.objects import (
 from sra_jax.config.profiles import TEACHER, profile
 from sra_jax.diffusion.process import Process
 from sra_jax.diffusion.registry import PROCESSES, SAMPLERS, process_defaults
+from sra_jax.distributed import sharding
 from sra_jax.errors import UserError
 from sra_jax.methods.method import check_choice
 from sra_jax.methods.registry import names_of
@@ -143,6 +144,7 @@ def _check_split(config: ConfigDict, shape: dict[str, int]) -> None:
 def _check_model(config: ConfigDict) -> None:
     model, data = config.model, config.data
     check_choice("model.remat", model.remat, (*REMAT_POLICIES, AUTO))
+    check_choice("model.products", model.products, sharding.PRODUCTS)
     check_choice("model.unroll", model.unroll, (AUTO, "yes", "no"))
     if tells_captions(config):
         _check_captions(config)

@@ -24,8 +24,8 @@ AUTO = "auto"
 FREE_KEYS = (
     "steps", "epochs", "examples", "log_every", "sample_every", "checkpoint_every", "keep", "keep_every",
     "accumulation", "data.path", "data.cache", "data.workers", "data.vae", "data.text_encoder", "mesh",
-    "model.attention", "model.remat", "model.unroll", "sampling", "evaluation", "ema.sampled", "compilation_cache",
-    "device_memory", "log", "profile",
+    "model.attention", "model.products", "model.remat", "model.unroll", "sampling", "evaluation", "ema.sampled",
+    "compilation_cache", "device_memory", "log", "profile",
 )  # fmt: skip
 """Keys, or groups of keys, that a resumed run may change: they move no number beyond rounding. The length of
 the run is free as long as no schedule depends on it."""
@@ -81,6 +81,7 @@ def default() -> ConfigDict:
                 "mlp_ratio": 4.0,  # width of the MLP over the width of a token
                 "null_label": True,  # a row of the label table for it; False, as DiT without label dropout: no guidance
                 "attention": "auto",  # its implementation: auto, plain, cudnn (NVIDIA GPUs), flash or splash (TPUs)
+                "products": "auto",  # what multiplies float32 matrices on a CPU: xla, blas (SciPy's); auto: the quicker
                 "unroll": "auto",  # a step's blocks compiled one by one: yes, no; auto: yes on GPUs with whole states
                 "remat": "none",  # recomputed in the backward pass: none, dots, block, full; auto: by the memory
             },

@@ -4,9 +4,10 @@ Axes: `data` splits the batch; `fsdp` splits the batch and the state (parameters
 being gathered when it is its turn; `model` splits attention heads and the hidden layer of the MLP (tensor parallelism).
 """
 
+import functools
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sra_jax.errors import UserError
-from sra_jax.models import attention, operations
+from sra_jax.models import attention, blas, operations
 from sra_jax.models.flops import Shape
 from sra_jax.models.stack import Placement
 
@@ -187,7 +188,39 @@ def split_attention(attend: attention.Attend, mesh: Mesh) -> attention.Attend:
     return split
 
 
-def placement(mesh: Mesh, dtype: Any, attend: attention.Attend = operations.attend) -> Placement:
+PRODUCTS = (attention.AUTO, "xla", "blas")
+
+
+def product_on(mesh: Mesh, name: str) -> Callable[..., jax.Array]:
+    """What multiplies activations by parameters on a mesh, as `jax.lax.dot_general` does.
+
+    Args:
+      mesh: the devices.
+      name: of `PRODUCTS`: by XLA, by SciPy's BLAS where it can be, or by what is quicker there.
+
+    Raises:
+      UserError: "blas", and it cannot be called there.
+    """
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    if name == "blas" and (refusal := _blas_refusal(mesh)):
+        raise UserError(f"model.products=blas: {refusal}; use auto or xla")
+    if name == "blas" or (name == attention.AUTO and not _blas_refusal(mesh) and blas.gains()):
+        return functools.partial(operations.product, multiply=blas.multiply)
+    # A gain on CPUs, where parameters are whole; TPUs would have to lay kernels out anew.
+    return operations.product if on_cpu and holds_whole_state(mesh) else jax.lax.dot_general
+
+
+def _blas_refusal(mesh: Mesh) -> str | None:
+    if mesh.devices.flat[0].platform != "cpu":
+        return f"it multiplies on CPUs, and these are {mesh.devices.flat[0].platform} devices"
+    if mesh.size > 1:
+        return f"it multiplies on one device, and there are {mesh.size}"
+    return blas.refusal()
+
+
+def placement(
+    mesh: Mesh, dtype: Any, attend: attention.Attend = operations.attend, products: str = attention.AUTO
+) -> Placement:
     """Where arrays lie while a network runs on the mesh, stated so that the compiler has no choice.
 
     Activations stay split by examples. Parameters are made whole along `fsdp` one block at a time, in the type in which
@@ -200,10 +233,12 @@ def placement(mesh: Mesh, dtype: Any, attend: attention.Attend = operations.atte
       mesh: the devices.
       dtype: type of the matrix products; parameters of blocks are cast to it before they travel.
       attend: the implementation of attention.
+      products: what multiplies, as `product_on` takes it.
+
+    Raises:
+      UserError: as `product_on`.
     """
-    # A gain on CPUs, where parameters are whole; TPUs would have to lay kernels out anew.
-    whole = holds_whole_state(mesh)
-    product = operations.product if whole and mesh.devices.flat[0].platform == "cpu" else jax.lax.dot_general
+    product = product_on(mesh, products)
     if mesh.size == 1:
         return Placement(product=product, attend=attend)
 

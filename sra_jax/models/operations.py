@@ -9,6 +9,7 @@ shares a GELU's tanh between the value and the gradient, which then lies in memo
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,10 +23,19 @@ Precision = jax.lax.Precision
 
 LAYER_NORM_EPSILON = 1e-6
 
+Multiply = Callable[[jax.Array, jax.Array, tuple[int, int], Any, Any], jax.Array]
+"""(a, b, the axis of each that is summed over, precision, type of the result) -> their product."""
+
+
+def matrices(a: jax.Array, b: jax.Array, axes: tuple[int, int], precision: Any, dtype: Any) -> jax.Array:
+    """The product of two matrices, a `Multiply`, by the compiler."""
+    dimensions = (((axes[0],), (axes[1],)), ((), ()))
+    return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=dtype)
+
 
 def product(
     x: jax.Array, kernel: jax.Array, dimension_numbers: Any, precision: Precision | None = None,
-    preferred_element_type: Any = None, out_sharding: None = None,
+    preferred_element_type: Any = None, out_sharding: None = None, *, multiply: Multiply = matrices,
 ) -> jax.Array:
     """x (...,*I) times a kernel (*I,*O) -> (...,*O), as a product of matrices.
 
@@ -37,6 +47,7 @@ def product(
       dimension_numbers: as `jax.lax.dot_general` takes them; they can only say what is said here.
       precision, preferred_element_type: as there.
       out_sharding: None; layers pass it.
+      multiply: what multiplies matrices, `matrices` or `blas.multiply`.
 
     Raises:
       ValueError: dimension numbers of another product, or a sharding.
@@ -48,14 +59,15 @@ def product(
         raise ValueError(f"product contracts x's last axes with the kernel's first ones, not {dimension_numbers}")
     rows, columns = x.shape[: x.ndim - count], kernel.shape[count:]
     inner = math.prod(kernel.shape[:count])
-    result = _product(x.reshape(-1, inner), kernel.reshape(inner, -1), precision, preferred_element_type)
+    options = multiply, precision, preferred_element_type
+    result = _product(x.reshape(-1, inner), kernel.reshape(inner, -1), *options)
     return checkpoint_name(result, PRODUCT).reshape(*rows, *columns)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _product(x: jax.Array, kernel: jax.Array, precision: Any, dtype: Any) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _product(x: jax.Array, kernel: jax.Array, multiply: Multiply, precision: Any, dtype: Any) -> jax.Array:
     """(R,I), (I,O) -> (R,O)."""
-    return jnp.matmul(x, kernel, precision=precision, preferred_element_type=dtype)
+    return multiply(x, kernel, (1, 0), precision, dtype)
 
 
 def _product_forward(x: jax.Array, kernel: jax.Array, *options: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -63,17 +75,12 @@ def _product_forward(x: jax.Array, kernel: jax.Array, *options: Any) -> tuple[ja
 
 
 def _product_backward(
-    precision: Any, dtype: Any, saved: tuple[jax.Array, jax.Array], gradient: jax.Array
+    multiply: Multiply, precision: Any, dtype: Any, saved: tuple[jax.Array, jax.Array], gradient: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     del dtype
     (x, kernel), gradient = saved, settled(gradient)
-
-    def contract(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
-        return jax.lax.dot_general(
-            a, b, (((axis,), (axis,)), ((), ())), precision=precision, preferred_element_type=a.dtype
-        )  # fmt: skip
-
-    return contract(gradient, kernel, 1).astype(x.dtype), contract(x, gradient, 0).astype(kernel.dtype)
+    of_x = multiply(gradient, kernel, (1, 1), precision, gradient.dtype)
+    return of_x.astype(x.dtype), multiply(x, gradient, (0, 0), precision, x.dtype).astype(kernel.dtype)
 
 
 _product.defvjp(_product_forward, _product_backward)

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from sra_jax.models import blas
+
 BYTES = {
     "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "s64": 8, "u64": 8,
     "f16": 2, "bf16": 2, "f32": 4, "f64": 8, "c64": 8, "c128": 16, "f8e4m3fn": 1, "f8e5m2": 1,
@@ -420,6 +422,9 @@ def _kernel_flops(instruction: Instruction, body: Mapping[str, Instruction]) -> 
             shapes = [array.shape for each in instruction.operands for array in body[each].arrays]
             batch, heads, tokens, width = next(shape for shape in shapes if len(shape) == 4)
             return 2.0 * products * batch * heads * tokens**2 * width
+    if found := re.search(rf'custom_call_target="{blas.TARGET}_(\d)\d"', instruction.rest):
+        inner = body[instruction.operands[0]].arrays[0].shape[int(found[1])]
+        return 2.0 * inner * math.prod(instruction.arrays[0].shape)
     return 0.0
 
 

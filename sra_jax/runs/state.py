@@ -26,7 +26,7 @@ Params = dict[str, Any]
 
 
 def placement_on(mesh: Mesh, config: ConfigDict, training: bool = False) -> Placement:
-    """Where arrays lie while the recipe's networks run on a mesh, and how they attend there.
+    """Where arrays lie while the recipe's networks run on a mesh, and how they attend and multiply there.
 
     Args:
       mesh: the devices.
@@ -34,13 +34,15 @@ def placement_on(mesh: Mesh, config: ConfigDict, training: bool = False) -> Plac
       training: whether it is for a training step, to which `model.unroll` applies.
 
     Raises:
-      UserError: `model.attention` cannot run on these devices.
+      UserError: `model.attention` or `model.products` cannot run on these devices.
     """
     shape = config_lib.transformer_of(config)
     name = sharding.implementation_on(mesh, config.model.attention, shape)
     unrolls = {"yes": True, "no": False}.get(config.model.unroll, sharding.gains_by_unrolling(mesh, name))
     return dataclasses.replace(
-        sharding.placement(mesh, config_lib.DTYPES[config.dtype], sharding.attention_on(mesh, name, shape)),
+        sharding.placement(
+            mesh, config_lib.DTYPES[config.dtype], sharding.attention_on(mesh, name, shape), config.model.products
+        ),
         apart=attention.IMPLEMENTATIONS[name].apart, unrolled=training and unrolls,
     )  # fmt: skip
 

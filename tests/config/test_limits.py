@@ -15,7 +15,7 @@ from sra_jax.errors import UserError
 NAMES = {
     "log.wandb",
     "name", "dtype", "data.name", "model.attention", "model.name", "model.initialisation", "model.remat",
-    "model.unroll",
+    "model.products", "model.unroll",
     "alignment.distance",
     "alignment.weight_schedule", "data.captions", "process.name",
     "optimizer.schedule", "ema.schedule", "ema.profiles", "ema.sampled", "sampling.sampler", "evaluation.extractor",
