@@ -201,13 +201,20 @@ def product_on(mesh: Mesh, name: str) -> Callable[..., jax.Array]:
     Raises:
       UserError: "blas", and it cannot be called there.
     """
+    multiply = multiply_on(mesh, name)
+    if multiply is not operations.matrices:
+        return functools.partial(operations.product, multiply=multiply)
+    # A gain on CPUs, where parameters are whole; TPUs would have to lay kernels out anew.
     on_cpu = mesh.devices.flat[0].platform == "cpu"
+    return operations.product if on_cpu and holds_whole_state(mesh) else jax.lax.dot_general
+
+
+def multiply_on(mesh: Mesh, name: str) -> operations.Multiply:
+    """What multiplies matrices on a mesh; arguments and errors as `product_on`."""
     if name == "blas" and (refusal := _blas_refusal(mesh)):
         raise UserError(f"model.products=blas: {refusal}; use auto or xla")
-    if name == "blas" or (name == attention.AUTO and not _blas_refusal(mesh) and blas.gains()):
-        return functools.partial(operations.product, multiply=blas.multiply)
-    # A gain on CPUs, where parameters are whole; TPUs would have to lay kernels out anew.
-    return operations.product if on_cpu and holds_whole_state(mesh) else jax.lax.dot_general
+    by_blas = name == "blas" or (name == attention.AUTO and not _blas_refusal(mesh) and blas.gains())
+    return blas.multiply if by_blas else operations.matrices
 
 
 def _blas_refusal(mesh: Mesh) -> str | None:

@@ -4,11 +4,23 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from sra_jax.distributed import sharding
+from sra_jax.models import operations
+
 
 def batch_shardings() -> tuple[NamedSharding, NamedSharding]:
     """(shared, split): whole on every local device, and split over them along the first axis."""
-    mesh = Mesh(np.array(jax.local_devices()), ("data",))
+    mesh = _local_mesh()
     return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
+
+
+def local_multiply() -> operations.Multiply:
+    """What multiplies matrices in float32 on the local devices: the compiler, or a BLAS where that is quicker."""
+    return sharding.multiply_on(_local_mesh(), sharding.PRODUCTS[0])
+
+
+def _local_mesh() -> Mesh:
+    return Mesh(np.array(jax.local_devices()), ("data",))
 
 
 def pad_rows(rows: np.ndarray, count: int) -> np.ndarray:

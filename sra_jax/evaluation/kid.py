@@ -15,22 +15,52 @@ class KernelDistance(NamedTuple):
     subset_size: int
 
 
+class _Features(NamedTuple):
+    """Features x (N,D) about a centre c.
+
+    Attributes:
+      apart: d = x - c, (N,D) in the features' own type.
+      along: d.c / D, (N,) float64.
+    """
+
+    apart: np.ndarray
+    along: np.ndarray
+
+
 def squared_mmd(first: np.ndarray, second: np.ndarray) -> float:
     """Unbiased squared maximum mean discrepancy under the kernel (x.y / D + 1)^3, float64.
+
+    Products are taken about the second set's mean, in float32 where the features are, which is twice as quick: what
+    they have in common, most of them as a rule, is added in float64 and loses no digit.
 
     Args:
       first, second: features (N,D) and (M,D), at least two of each.
     """
-    first, second = np.asarray(first, np.float64), np.asarray(second, np.float64)
+    first, second = np.asarray(first), np.asarray(second)
+    width, dtype = second.shape[1], np.result_type(first, second, np.float32)
+    # In the features' type and back, so that each is the sum of the centre and of its difference from it.
+    centre = second.mean(axis=0, dtype=np.float64).astype(dtype).astype(np.float64)
+    x, y = (
+        _Features(apart, apart.astype(np.float64) @ centre / width)
+        for apart in (np.subtract(features, centre.astype(dtype), dtype=dtype) for features in (first, second))
+    )
+    one_and_common = 1 + centre @ centre / width
 
-    def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        return (x @ y.T / x.shape[1] + 1) ** 3
+    def roots(x: _Features, y: _Features) -> np.ndarray:
+        """x.y / D + 1, (N,M)."""
+        products = x.apart @ y.apart.T
+        products /= dtype.type(width)
+        return (products + x.along[:, None]) + (y.along + one_and_common)
 
-    def mean_of_pairs(x: np.ndarray) -> float:
-        matrix = kernel(x, x)
-        return (matrix.sum() - np.trace(matrix)) / (len(x) * (len(x) - 1))
+    def sum_of_cubes(x: np.ndarray) -> float:
+        return float(np.vdot(x * x, x))
 
-    return float(mean_of_pairs(first) + mean_of_pairs(second) - 2 * kernel(first, second).mean())
+    def mean_of_pairs(x: _Features) -> float:
+        matrix = roots(x, x)
+        return (sum_of_cubes(matrix) - sum_of_cubes(np.diagonal(matrix))) / (len(matrix) * (len(matrix) - 1))
+
+    between = roots(x, y)
+    return mean_of_pairs(x) + mean_of_pairs(y) - 2 * sum_of_cubes(between) / between.size
 
 
 def kernel_distance(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sra_jax.errors import UserError
-from sra_jax.evaluation.devices import batch_shardings, pad_rows
+from sra_jax.evaluation.devices import batch_shardings, local_multiply, pad_rows
 
 NEIGHBOURS = 3
 BLOCK = 4096
@@ -42,7 +42,7 @@ def _squared_norms(features: jax.Array) -> jax.Array:
 
 def _squared_distances(rows: jax.Array, row_norms: jax.Array, columns: jax.Array, column_norms: jax.Array) -> jax.Array:
     """(R,D), (R,), (C,D), (C,) -> (R,C). Norms come from outside: XLA would compute them again for every entry."""
-    product = jnp.matmul(rows, columns.T, precision=jax.lax.Precision.HIGHEST)
+    product = local_multiply()(rows, columns, (1, 1), jax.lax.Precision.HIGHEST, None)
     return jnp.maximum(row_norms[:, None] - 2 * product + column_norms, 0)
 
 
@@ -72,10 +72,11 @@ def _blocks(features: np.ndarray, block: int) -> Iterator[tuple[slice, np.ndarra
         yield slice(start, start + block), pad_rows(features[start : start + block], block)
 
 
-def _block_size(block: int, *lengths: int) -> int:
-    """`block`, or less for small sets, as a multiple of the number of devices."""
+def _block_size(block: int, length: int) -> int:
+    """`block` or less, so that blocks are about full; a multiple of the number of devices."""
     devices = jax.local_device_count()
-    return -(-min(block, max(lengths)) // devices) * devices
+    even = -(-length // -(-length // block))
+    return -(-even // devices) * devices
 
 
 def squared_radii(features: np.ndarray, *, neighbours: int = NEIGHBOURS, block: int = BLOCK) -> np.ndarray:
@@ -126,20 +127,20 @@ def precision_recall(
     radii_of = functools.partial(squared_radii, neighbours=neighbours, block=block)
     samples_radii, reference_radii = radii_of(samples), radii_of(reference)
 
-    block = _block_size(block, len(samples), len(reference))
+    rows_block, columns_block = (_block_size(block, len(features)) for features in (samples, reference))
     shared, split = batch_shardings()
     samples_covered = np.zeros(len(samples), bool)
     reference_covered = np.zeros(len(reference), bool)
-    for rows_at, rows in _blocks(samples, block):
+    for rows_at, rows in _blocks(samples, rows_block):
         rows = jax.device_put(rows, split)
         row_norms = _squared_norms(rows)
         row_radii = samples_radii[rows_at]
         # A negative radius covers nothing: rows and columns that only fill the block have no say.
-        row_radii = jax.device_put(np.pad(row_radii, (0, block - len(row_radii)), constant_values=-1), split)
-        for columns_at, columns in _blocks(reference, block):
+        row_radii = jax.device_put(np.pad(row_radii, (0, rows_block - len(row_radii)), constant_values=-1), split)
+        for columns_at, columns in _blocks(reference, columns_block):
             column_radii = reference_radii[columns_at]
             count = len(column_radii)
-            column_radii = np.pad(column_radii, (0, block - count), constant_values=-1)
+            column_radii = np.pad(column_radii, (0, columns_block - count), constant_values=-1)
             columns, column_radii = jax.device_put((columns, column_radii), shared)
             in_rows, in_columns = _cover(rows, row_norms, row_radii, columns, _squared_norms(columns), column_radii)
             samples_covered[rows_at] |= np.asarray(in_rows)[: len(samples_covered[rows_at])]

@@ -6,7 +6,7 @@ import numpy as np
 
 from sra_jax.errors import UserError
 
-BLOCK = 2048
+BLOCK = 4096
 
 
 class Moments:
@@ -39,28 +39,41 @@ class Moments:
             return
         features, self._waiting = np.concatenate(self._waiting), []
         for start in range(0, len(features), BLOCK):
-            block = features[start : start + BLOCK].astype(np.float64)
-            mean = block.mean(axis=0)
-            block -= mean
-            self._combine(len(block), mean, block.T @ block)
+            part = features[start : start + BLOCK]
+            rows = np.empty((len(part) + 1, part.shape[1]))
+            vectors = rows[:-1]
+            vectors[:] = part
+            mean = vectors.mean(axis=0)
+            vectors -= mean
+            # How far the means are apart counts as one more vector: no pass over the (D,D) matrix of its own.
+            rows[-1] = self._move_mean(len(part), mean)
+            self._add_scatter(rows.T @ rows)
 
-    def _combine(self, seen: int, mean: np.ndarray, scatter: np.ndarray) -> None:
+    def _move_mean(self, seen: int, mean: np.ndarray) -> np.ndarray:
+        """Takes in the mean of `seen` more vectors; returns (D,), by whose outer product the scatter grows with it."""
         if not self._seen:
-            self._seen, self._mean, self._scatter = seen, mean, scatter
-            return
+            self._seen, self._mean = seen, mean
+            return np.zeros_like(mean)
         total = self._seen + seen
         shift = mean - self._mean
-        self._scatter += scatter
-        self._scatter += np.outer(shift, shift * (self._seen * seen / total))
+        weight = self._seen * seen / total
         self._mean = self._mean + shift * (seen / total)
         self._seen = total
+        return shift * np.sqrt(weight)
+
+    def _add_scatter(self, scatter: np.ndarray) -> None:
+        if self._scatter.size:
+            self._scatter += scatter
+        else:
+            self._scatter = scatter
 
     def merge(self, other: "Moments") -> None:
         """Adds the vectors that another accumulator has seen: of another device or process."""
         self._add_waiting()
         other._add_waiting()
         if other._seen:
-            self._combine(other._seen, other._mean, other._scatter.copy())
+            between = self._move_mean(other._seen, other._mean)
+            self._add_scatter(other._scatter + np.outer(between, between))
 
     def statistics(self) -> "GaussianStatistics":
         """Mean and unbiased covariance (divisor count - 1) of all vectors added so far.

@@ -18,6 +18,16 @@ def test_definition():
     assert squared_mmd(first, second) == pytest.approx(within_first + within_second - 2 * between, rel=1e-12)
 
 
+@pytest.mark.parametrize("shift", [0, 10, 100])
+def test_single_precision_loses_no_digits_to_what_features_share(shift):
+    generator = np.random.default_rng(0)
+    first, second = (
+        (generator.standard_normal((200, 64)) + shift + more).astype(np.float32) for more in (0, 0.01)
+    )
+    exact = squared_mmd(first.astype(np.float64), second.astype(np.float64))
+    assert squared_mmd(first, second) == pytest.approx(exact, rel=2e-5, abs=1e-9)
+
+
 def test_unbiased():
     generator = np.random.default_rng(0)
     first, second = generator.standard_normal((2, 1000, 8)).astype(np.float32)
