@@ -209,7 +209,7 @@ def product_on(mesh: Mesh, name: str) -> Callable[..., jax.Array]:
     return operations.product if on_cpu and holds_whole_state(mesh) else jax.lax.dot_general
 
 
-def multiply_on(mesh: Mesh, name: str) -> operations.Multiply:
+def multiply_on(mesh: Mesh, name: str = attention.AUTO) -> operations.Multiply:
     """What multiplies matrices on a mesh; arguments and errors as `product_on`."""
     if name == "blas" and (refusal := _blas_refusal(mesh)):
         raise UserError(f"model.products=blas: {refusal}; use auto or xla")

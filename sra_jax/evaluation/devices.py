@@ -16,7 +16,7 @@ def batch_shardings() -> tuple[NamedSharding, NamedSharding]:
 
 def local_multiply() -> operations.Multiply:
     """What multiplies matrices in float32 on the local devices: the compiler, or a BLAS where that is quicker."""
-    return sharding.multiply_on(_local_mesh(), sharding.PRODUCTS[0])
+    return sharding.multiply_on(_local_mesh())
 
 
 def _local_mesh() -> Mesh:

@@ -56,10 +56,10 @@ class Moments:
             return np.zeros_like(mean)
         total = self._seen + seen
         shift = mean - self._mean
-        weight = self._seen * seen / total
+        between = shift * np.sqrt(self._seen * seen / total)
         self._mean = self._mean + shift * (seen / total)
         self._seen = total
-        return shift * np.sqrt(weight)
+        return between
 
     def _add_scatter(self, scatter: np.ndarray) -> None:
         if self._scatter.size:
