@@ -51,6 +51,7 @@ def main() -> None:
         print(config_lib.readable(config))
         config_lib.check(config, config_lib.fewest_devices(config))
         return
+    heap.tune(config_lib.held_by_a_step(config))
     with processes.joined():
         train(config, remote.path(WORKDIR.value or f"runs/{config.name}"), ALLOW_CONFIG_CHANGE.value)
 

@@ -120,5 +120,6 @@ def finish(code: int) -> None:
 if __name__ == "__main__":
     preload()
     sys.argv = serve(socket.socket(fileno=int(sys.argv[1])))
+    sys.orig_argv = [sys.executable, *sys.argv]
     sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
     finish(main())

@@ -1,4 +1,4 @@
-"""A heap that keeps its memory: when it is asked for, that a command restarts itself for it once, and what it does."""
+"""A heap that keeps its memory: when it is asked for, that a command restarts itself for it, and what it does."""
 
 import os
 import subprocess
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from sra_jax import heap
+from tests.running import run as command
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = """
@@ -16,6 +17,8 @@ import os, sys
 print("start", sys.argv[1:], os.environ.get("GLIBC_TUNABLES", ""), flush=True)
 from sra_jax import heap
 heap.tune()
+print("read", flush=True)
+heap.tune(float(os.environ.get("HELD", "0")))
 print("work")
 """
 CPU = {"JAX_PLATFORMS": "cpu", "PATH": "/usr/bin"}
@@ -38,8 +41,16 @@ def run(tmp_path: Path, text=SCRIPT, arguments: Sequence[str] = ("--a=b c", "d")
 def test_a_command_restarts_once_with_its_arguments(tmp_path):
     tunables = heap.tuned(CPU)[heap.VARIABLE]
     assert run(tmp_path, JAX_PLATFORMS="cpu") == [
-        "start ['--a=b c', 'd'] ", f"start ['--a=b c', 'd'] {tunables}", "work",
+        "start ['--a=b c', 'd'] ", f"start ['--a=b c', 'd'] {tunables}", "read", "work",
     ]  # fmt: skip
+
+
+@needs_glibc
+def test_a_command_with_a_large_step_restarts_once_more(tmp_path):
+    small, large = (heap.tuned(CPU, held)[heap.VARIABLE] for held in (0, heap.LARGE))
+    assert set(large.split(":")) - set(small.split(":")) == {"glibc.malloc.arena_max=1"}
+    begun = [f"start ['--a=b c', 'd'] {text}" for text in ("", small, large)]
+    assert run(tmp_path, JAX_PLATFORMS="cpu", HELD=f"{heap.LARGE}") == [*begun[:2], "read", begun[2], "read", "work"]
 
 
 @needs_glibc
@@ -47,41 +58,68 @@ def test_other_tunables_are_kept():
     tunables = heap.tuned(CPU | {heap.VARIABLE: "glibc.malloc.tcache_count=5"})[heap.VARIABLE].split(":")
     assert tunables[0] == "glibc.malloc.tcache_count=5"
     assert set(tunables[1:]) >= {f"{name}={value}" for name, value in heap.KEPT.items()}
+    again = heap.tuned(CPU | {heap.VARIABLE: ":".join(tunables)}, heap.LARGE)[heap.VARIABLE].split(":")
+    assert sorted(again) == sorted([*tunables, "glibc.malloc.arena_max=1"])
 
 
 @needs_glibc
-@pytest.mark.parametrize("name", [*heap.KEPT, *heap.LARGE_PAGES])
-def test_what_a_user_says_of_the_heap_stays(name):
-    assert heap.tuned(CPU | {heap.VARIABLE: f"{name}=7"}) is None
+@pytest.mark.parametrize("held", [0, heap.LARGE])
+@pytest.mark.parametrize("name", [*heap.KEPT, *heap.SHARED, *heap.LARGE_PAGES])
+def test_what_a_user_says_of_the_heap_stays(name, held):
+    assert heap.tuned(CPU | {heap.VARIABLE: f"{name}=7"}, held) is None
 
 
 WORK = """
-import resource, sys
+import resource, sys, threading
 from sra_jax import heap
+held, size = (int(text) for text in sys.argv[1:])
 heap.tune()
+heap.tune(held)
 def work():
-    for _ in range(int(sys.argv[1])):
-        large, small = bytearray(30_000_000), [bytearray(1_000_000) for _ in range(40)]
+    for _ in range(10):
+        large, small = bytearray(size), [bytearray(1_000_000) for _ in range(40)]
         del large, small
-work()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-work()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+def faults():
+    work()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    work()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+if held:  # as XLA computes
+    thread = threading.Thread(target=faults)
+    thread.start()
+    thread.join()
+else:
+    faults()
 """
 
 
 @needs_glibc
-def test_memory_is_kept_for_the_next_step(tmp_path):
-    """Without it each of ten rounds maps 70 MB anew, 17,000 pages of 4 KB or dozens of 2 MB."""
-    (faults,) = run(tmp_path, WORK, ["10"], JAX_PLATFORMS="cpu")
+@pytest.mark.parametrize(("held", "size"), [(0, 30_000_000), (heap.LARGE, 2 * heap.LARGE)])
+def test_memory_is_kept_for_the_next_step(tmp_path, held, size):
+    """Without it each of ten rounds maps it all anew, 17,000 pages of 4 KB or dozens of 2 MB and more."""
+    (faults,) = run(tmp_path, WORK, [str(held), str(size)], JAX_PLATFORMS="cpu")
     assert int(faults) < 50
+
+
+@needs_glibc
+@pytest.mark.parametrize(("recipe", "starts"), [("digits", 2), ("sit_b2", 3)])
+def test_main_decides_by_the_recipe(tmp_path, recipe, starts):
+    (tmp_path / "sitecustomize.py").write_text("print('start')")
+    (tmp_path / "file").touch()
+    path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+    done = command(
+        "main.py", f"--config=configs/{recipe}.py", f"--workdir={tmp_path}/file/run", code=2, fresh=True,
+        environment={"PYTHONPATH": path, heap.VARIABLE: ""},
+    )  # fmt: skip
+    assert done.stdout.splitlines() == ["start"] * starts
 
 
 def test_a_user_can_turn_it_off(tmp_path):
     lines = run(tmp_path, JAX_PLATFORMS="cpu", GLIBC_TUNABLES="glibc.malloc.hugetlb=0")
-    assert lines == ["start ['--a=b c', 'd'] glibc.malloc.hugetlb=0", "work"]
+    assert lines == ["start ['--a=b c', 'd'] glibc.malloc.hugetlb=0", "read", "work"]
 
 
 @pytest.mark.parametrize("platforms", ["tpu", "cuda", "cuda,cpu"])
 def test_accelerators_go_without(tmp_path, platforms):
-    assert run(tmp_path, JAX_PLATFORMS=platforms) == ["start ['--a=b c', 'd'] ", "work"]
+    lines = run(tmp_path, JAX_PLATFORMS=platforms, HELD=f"{heap.LARGE}")
+    assert lines == ["start ['--a=b c', 'd'] ", "read", "work"]

@@ -72,8 +72,6 @@ def main() -> None:
     if FLAGS.report:
         print(study_report.write(output).read_text(), end="")
         return
-    check_devices()
-    compilation_cache.use()
     shard = study.parse_shard(FLAGS.shard)
     seeds = [values.whole("--seeds", seed, 0, values.SEED_LIMIT) for seed in FLAGS.seeds]
     measured = [values.whole("--measure_at", step, 1, values.COUNT_LIMIT) for step in FLAGS.measure_at]
@@ -83,6 +81,9 @@ def main() -> None:
     probe = Probe(parse_levels(levels), FLAGS.probe_examples, FLAGS.probe_tests) if levels else None
     cells = study.cells_of(FLAGS.methods, seeds, study.parse_varied(FLAGS.vary))
     recipe = study.Recipe(*config_lib.given(), measured)
+    heap.tune(max(config_lib.held_by_a_step(recipe.config(cell)) for cell in cells))
+    check_devices()
+    compilation_cache.use()
     job = study.Study(output, recipe, cells, probe, FLAGS.test_path)
     others = job.run(shard)
     if table := job.report():

@@ -51,15 +51,15 @@ def train_step(config: ConfigDict, peer: str, repeats: int, peer_tuned_heap: boo
 
     The peer runs as it is, eagerly; with torch.compile, too, where there is a C++ compiler.
     """
-    text = config_lib.to_json(config)
+    text, held = config_lib.to_json(config), config_lib.held_by_a_step(config)
     flops = config_lib.step_flops(config).total
     memory: dict[str, float] = {}
     for side, variant in (("jax", "method"), ("pytorch", "full"))[: 2 if peer == "pytorch" else 1]:
-        alone = Remote(side, text, side == "jax" or peer_tuned_heap)  # memory of one side doing one thing
+        alone = Remote(side, text, side == "jax" or peer_tuned_heap, held)  # memory of one side doing one thing
         memory[side] = alone.call("prepare", variant)["peak_memory_bytes"]
         alone.close()
         say(f"peak memory of {side} alone: {memory[side] / 1e9:.2f} GB")
-    ours = Remote("jax", text)
+    ours = Remote("jax", text, held=held)
     compiled = ours.call("prepare", "method")
     ours.call("prepare", "baseline")
     calls = {
@@ -69,12 +69,12 @@ def train_step(config: ConfigDict, peer: str, repeats: int, peer_tuned_heap: boo
     }
     theirs, theirs_compiled = None, None
     if peer == "pytorch":
-        theirs = Remote("pytorch", text, peer_tuned_heap)
+        theirs = Remote("pytorch", text, peer_tuned_heap, held)
         for variant in ("full", "truncated", "none"):
             theirs.call("prepare", variant)
             calls[f"peer_{variant}"] = functools.partial(theirs.call, "step", variant)
         if compiler_there():
-            theirs_compiled = Remote("pytorch compiled", text, peer_tuned_heap)
+            theirs_compiled = Remote("pytorch compiled", text, peer_tuned_heap, held)
             try:
                 for variant in ("full", "truncated"):
                     theirs_compiled.call("prepare", variant)
@@ -136,7 +136,7 @@ def growth(config: ConfigDict, repeats: int) -> dict[str, Any]:
         changed.update_from_flattened_dict(change)
         config_lib.check(changed)
         flops[name] = config_lib.step_flops(changed).total
-        sides[name] = Remote("jax", config_lib.to_json(changed))
+        sides[name] = Remote("jax", config_lib.to_json(changed), held=config_lib.held_by_a_step(changed))
         rows[name] = {"compile_seconds": sides[name].call("prepare", "method")["compile_seconds"]}
     steps = {name: functools.partial(side.call, "step", "method") for name, side in sides.items()}
     figures = alternate(steps, repeats, say)
@@ -157,7 +157,8 @@ def compile_times(config: ConfigDict, repeats: int) -> dict[str, Any]:
         for name, factor in (("as given", 1), ("depth x2", 2)):
             changed = config.copy_and_resolve_references()
             changed.model.depth *= factor
-            side = Remote("jax", config_lib.to_json(changed))  # a process that has compiled nothing yet
+            held = config_lib.held_by_a_step(changed)
+            side = Remote("jax", config_lib.to_json(changed), held=held)  # a process that has compiled nothing yet
             figures[name].append(side.call("compile", "method"))
             side.close()
     return {
@@ -260,7 +261,7 @@ def methods(
         plain = config_lib.step_flops(changed).total
         with changed.unlocked():
             changed.method.name = name
-        side = Remote("jax", config_lib.to_json(changed))
+        side = Remote("jax", config_lib.to_json(changed), held=config_lib.held_by_a_step(changed))
         compiled = side.call("flops", "method") / side.call("flops", "baseline")
         for variant in ("method", "baseline"):
             side.call("prepare", variant)

@@ -235,15 +235,16 @@ class Remote:
     Args:
       side: a key of SIDES.
       config_json: the recipe, or the sizes of tasks.
-      tuned_heap: start with a heap that keeps its memory where that helps, as main.py does (sra_jax/heap.py).
+      tuned_heap: start with a heap that keeps its memory where that helps, as commands do (sra_jax/heap.py).
+      held: bytes that a step holds, for which main.py would tune it.
     """
 
-    def __init__(self, side: str, config_json: str, tuned_heap: bool = True):
+    def __init__(self, side: str, config_json: str, tuned_heap: bool = True, held: float = 0):
         context = multiprocessing.get_context("spawn")
         self._connection, other = context.Pipe()
         self._process = context.Process(target=_serve, args=(other, side, config_json), daemon=True)
         before = os.environ.copy()
-        os.environ.update((tuned_heap and heap.tuned(before)) or {})
+        os.environ.update((tuned_heap and heap.tuned(before, held)) or {})
         self._process.start()  # with the environment of this moment
         os.environ.clear()
         os.environ.update(before)

@@ -5,6 +5,7 @@ again: it is work of the machine, not of the model.
 """
 
 import dataclasses
+from typing import Any
 
 from sra_jax.models.mmdit import MMDiTConfig
 from sra_jax.models.transformer import TIME_FREQUENCIES, TransformerConfig
@@ -65,6 +66,14 @@ def forward_flops(shape: Shape, stop: int | None = None, groups: Groups = 1) -> 
         result += _times(groups) * 2 * width * 2 * width
         result += 2 * shape.tokens * width * shape.patch**2 * shape.output_channels
     return result
+
+
+def matrix_parameters(shape: Shape) -> float:
+    """Weights of all linear layers, nearly all parameters: an example of one token takes each of them once."""
+    single: dict[str, Any] = {"input_size": shape.patch}
+    if isinstance(shape, MMDiTConfig):
+        single["context_length"] = 1
+    return forward_flops(dataclasses.replace(shape, **single)) / 2
 
 
 @dataclasses.dataclass(frozen=True)

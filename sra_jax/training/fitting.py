@@ -12,12 +12,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from sra_jax import config as config_lib
 from sra_jax.errors import UserError
-from sra_jax.models.stack import segment_count
 from sra_jax.runs.state import Networks
 from sra_jax.training.program import Program
 
@@ -156,16 +154,9 @@ def least_bytes(config: ConfigDict, devices: int, state: int) -> int:
       devices: of all processes.
       state: as `whole_state` counts it.
     """
-    shape, remat = config_lib.transformer_of(config), config.model.remat
     mesh = config_lib.mesh_shape(config, devices)
     examples = config.batch_size // config.accumulation // (mesh["data"] * mesh["fsdp"])
-    kept = 4.0  # a block's input, float32
-    if remat in ("dots", "gelu", "none"):
-        hidden = shape.mlp_ratio * (1 if remat == "dots" else 2)
-        kept += (6 + hidden) / mesh["model"] * jnp.dtype(shape.dtype).itemsize  # qkv, attention, both branches, MLP
-    blocks = segment_count(shape.depth) if remat == "full" else shape.depth
-    blocks -= config_lib.tells_captions(config)  # the last block of an MMDiT keeps less, as its text ends there
-    return int(state / mesh["fsdp"] + blocks * examples * shape.attended * shape.width * kept)
+    return int(state / mesh["fsdp"] + config_lib.kept_by_blocks(config, examples, mesh["model"]))
 
 
 def splits(config: ConfigDict, devices: int) -> list[int]:

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from sra_jax.methods.heads import Head, head_flops
-from sra_jax.models.flops import block_flops, forward_flops, train_step_flops
+from sra_jax.models.flops import block_flops, forward_flops, matrix_parameters, train_step_flops
 from sra_jax.models.mmdit import MMDiT, MMDiTConfig
 from sra_jax.models.transformer import Transformer, TransformerConfig
 from sra_jax.planning.compiled import Program
@@ -60,6 +60,7 @@ def test_text_to_image_is_as_large_as_the_papers():
     params = nnx.to_pure_dict(nnx.split(nnx.eval_shape(lambda: MMDiT(shape, rngs=nnx.Rngs(0))))[1])
     assert sum(x.size for x in jax.tree.leaves(params)) == 505_070_608
     assert forward_flops(shape) == pytest.approx(120.9e9, rel=2e-3)
+    assert matrix_parameters(shape) == pytest.approx(505_070_608, rel=2e-3)
 
 
 def test_head_against_the_compiled_program():

@@ -103,6 +103,37 @@ def test_a_step_needs_at_least_what_is_said(remat, unroll, captions):
     assert 0.1 * found.peak < least <= found.peak
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["digits", "fashion_mnist", "digits_captions"])
+def test_what_a_step_holds_on_one_device(name):
+    """Against the temporaries of the compiled step, which the C library gives and takes back."""
+    config = fitting.cheapest(config_lib.load(f"configs/{name}.py"))
+    if name != "digits_captions":
+        config.data.name = "synthetic"
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "model": 1}, jax.devices()[:1])
+    dataset = registry.training_set(config)
+    program = program_lib.build(config, mesh, dataset, 4)
+    found = fitting.compile_step(program, program_lib.abstract_batch(dataset, config.batch_size, mesh), None)
+    temporaries = fitting.memory_parts(found.result)["temporaries"]
+    assert 0.25 * temporaries < config_lib.held_by_a_step(config) <= temporaries
+
+
+def test_what_recipes_hold():
+    """Gradients grow with the network, what blocks keep with the batch; what is not valid is left to its checks."""
+    config = sit_b2.get_config()
+    with config.unlocked():
+        config.batch_size, config.model.remat = 8, "full"
+    gradients = 4 * 130e6
+    assert gradients * 0.97 < config_lib.held_by_a_step(config) < 1.2 * gradients
+    config.model.remat = "none"
+    one = config_lib.held_by_a_step(config)
+    config.batch_size = 16
+    two = config_lib.held_by_a_step(config)
+    assert two - one == pytest.approx(one - gradients, rel=0.05)
+    config.batch_size = 0
+    assert config_lib.held_by_a_step(config) == 0
+
+
 def test_what_is_given_stays():
     config = sit_xl2_512.get_config()
     with config.unlocked():
