@@ -12,14 +12,17 @@ Example:
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
+
+from sra_jax.models import blas, operations
 
 NORM_EPSILON = 1e-6
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
@@ -71,6 +74,7 @@ class _Layers:
     groups: int
     dtype: Any
     rngs: nnx.Rngs
+    convolve: Callable[..., jax.Array]
 
     @property
     def precision(self) -> jax.lax.Precision:
@@ -87,6 +91,7 @@ class _Layers:
             dtype=self.dtype,
             precision=self.precision,
             rngs=self.rngs,
+            conv_general_dilated=self.convolve,
         )
 
     def linear(self, inputs: int, outputs: int) -> nnx.Linear:
@@ -156,15 +161,8 @@ class PositionAttention(nnx.Module):
         """(B,H,W,C) -> (B,H,W,C)."""
         batch, height, width, channels = x.shape
         tokens = self.norm(x).reshape(batch, height * width, channels)
-        logits = jnp.einsum(
-            "bqc,bkc->bqk",
-            self.query(tokens) * channels**-0.5,
-            self.key(tokens),
-            precision=self.precision,
-            preferred_element_type=jnp.float32,
-        )
-        weights = jax.nn.softmax(logits).astype(x.dtype)
-        mixed = jnp.einsum("bqk,bkc->bqc", weights, self.value(tokens), precision=self.precision)
+        one_head = jnp.stack([made(tokens) for made in (self.query, self.key, self.value)], axis=2)[:, :, :, None]
+        mixed = operations.attend(one_head, self.precision)
         return x + self.out(mixed).reshape(x.shape)
 
 
@@ -267,10 +265,16 @@ class AutoencoderKL(nnx.Module):
 
     Attributes:
       dtype: type of convolutions and matrix products; parameters, norms and the softmax stay float32.
+
+    Args:
+      convolve: what convolves, `jax.lax.conv_general_dilated` or `blas.convolve`.
     """
 
-    def __init__(self, config: AutoencoderConfig, dtype: Any = jnp.float32, *, rngs: nnx.Rngs):
-        layers = _Layers(config.norm_num_groups, jnp.dtype(dtype), rngs)
+    def __init__(
+        self, config: AutoencoderConfig, dtype: Any = jnp.float32,
+        convolve: Callable[..., jax.Array] = jax.lax.conv_general_dilated, *, rngs: nnx.Rngs,
+    ):
+        layers = _Layers(config.norm_num_groups, jnp.dtype(dtype), rngs, convolve)
         moments = 2 * config.latent_channels
         self.dtype = layers.dtype
         self.encoder = Encoder(config, layers)
@@ -300,9 +304,12 @@ class AutoencoderKL(nnx.Module):
         return self.decoder(latents).astype(jnp.float32)
 
 
-def abstract_model(config: AutoencoderConfig, dtype: Any = jnp.float32) -> tuple[nnx.GraphDef, dict[str, Any]]:
+def abstract_model(
+    config: AutoencoderConfig, dtype: Any = jnp.float32,
+    convolve: Callable[..., jax.Array] = jax.lax.conv_general_dilated,
+) -> tuple[nnx.GraphDef, dict[str, Any]]:
     """The graph of an AutoencoderKL and the tree of its parameters' shapes; nothing is allocated."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: AutoencoderKL(config, dtype, rngs=nnx.Rngs(0))))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: AutoencoderKL(config, dtype, convolve, rngs=nnx.Rngs(0))))
     return graphdef, nnx.to_pure_dict(state)
 
 
@@ -345,8 +352,16 @@ def batch_shards(batch: jax.Array) -> int:
     return math.ceil(batch.shape[0] / batch.sharding.shard_shape(batch.shape)[0])
 
 
+def convolve_on(devices: Collection[jax.Device]) -> Callable[..., jax.Array]:
+    """What convolves on these devices: SciPy's BLAS where they are one CPU that gains by it, else the compiler."""
+    by_blas = len(devices) == 1 and next(iter(devices)).platform == "cpu" and blas.gains()
+    return blas.convolve if by_blas else jax.lax.conv_general_dilated
+
+
 class Autoencoder:
     """An AutoencoderKL with its weights, ready to encode and decode batches of any sharding.
+
+    Batches on one CPU are convolved by SciPy's BLAS where that is quicker; results differ by rounding.
 
     Attributes:
       config: its sizes and scaling.
@@ -370,18 +385,24 @@ class Autoencoder:
         self.dtype = jnp.dtype(dtype)
         self._host_params = params
         self._params_on: dict[Any, dict[str, Any]] = {}
-        graphdef, _ = abstract_model(config, dtype)
+        graph_of = functools.cache(lambda convolve: abstract_model(config, dtype, convolve)[0])
 
         def to_uint8(model: AutoencoderKL, latents: jax.Array) -> jax.Array:
             images = model.decode(config.unscale(latents))
             return jnp.clip((images + 1.0) / 2.0 * 255.0, 0.0, 255.0).astype(jnp.uint8)
 
         def compiled(job: Callable[[AutoencoderKL, jax.Array], Any]) -> Callable[..., Any]:
-            def run(params: dict[str, Any], batch: jax.Array, slice_size: int, shards: int) -> Any:
-                model = nnx.merge(graphdef, params)
+            def run(
+                params: dict[str, Any], batch: jax.Array, slice_size: int, shards: int,
+                convolve: Callable[..., jax.Array],
+            ) -> Any:  # fmt: skip
+                model = nnx.merge(graph_of(convolve), params)
                 return map_slices(lambda part: job(model, part), batch, slice_size, shards)
 
-            return jax.jit(run, static_argnums=(2, 3))
+            program = jax.jit(run, static_argnums=(2, 3, 4))
+            return lambda batch, slice_size: program(
+                self.params(batch), batch, slice_size, batch_shards(batch), convolve_on(batch.devices())
+            )
 
         self._encode = compiled(AutoencoderKL.encode)
         self._decode = compiled(AutoencoderKL.decode)
@@ -406,7 +427,7 @@ class Autoencoder:
         images = jnp.asarray(images)
         if slice_size is None:
             slice_size = 1 if next(iter(images.devices())).platform == "cpu" else 8
-        return self._encode(self.params(images), images, slice_size, batch_shards(images))
+        return self._encode(images, slice_size)
 
     def decode(self, latents: jax.Array, slice_size: int = 1) -> jax.Array:
         """Images of unscaled latents (B,h,w,C); see `AutoencoderKL.decode`.
@@ -416,7 +437,7 @@ class Autoencoder:
           slice_size: latents that a device decodes at a time: one 512x512 image fits on any device that can train.
         """
         latents = jnp.asarray(latents)
-        return self._decode(self.params(latents), latents, slice_size, batch_shards(latents))
+        return self._decode(latents, slice_size)
 
     def __call__(self, latents: jax.Array) -> jax.Array:
         """`decode_uint8`."""
@@ -428,4 +449,4 @@ class Autoencoder:
         Truncation rather than rounding follows the authors' sampling code, on which published FIDs rest.
         """
         latents = jnp.asarray(latents)
-        return self._decode_uint8(self.params(latents), latents, slice_size, batch_shards(latents))
+        return self._decode_uint8(latents, slice_size)
