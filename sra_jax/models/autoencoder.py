@@ -12,9 +12,8 @@ Example:
 """
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,7 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sra_jax.models import blas, operations
+from sra_jax.models import operations
 
 NORM_EPSILON = 1e-6
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
@@ -74,7 +73,6 @@ class _Layers:
     groups: int
     dtype: Any
     rngs: nnx.Rngs
-    convolve: Callable[..., jax.Array]
 
     @property
     def precision(self) -> jax.lax.Precision:
@@ -91,7 +89,6 @@ class _Layers:
             dtype=self.dtype,
             precision=self.precision,
             rngs=self.rngs,
-            conv_general_dilated=self.convolve,
         )
 
     def linear(self, inputs: int, outputs: int) -> nnx.Linear:
@@ -265,16 +262,10 @@ class AutoencoderKL(nnx.Module):
 
     Attributes:
       dtype: type of convolutions and matrix products; parameters, norms and the softmax stay float32.
-
-    Args:
-      convolve: what convolves, `jax.lax.conv_general_dilated` or `blas.convolve`.
     """
 
-    def __init__(
-        self, config: AutoencoderConfig, dtype: Any = jnp.float32,
-        convolve: Callable[..., jax.Array] = jax.lax.conv_general_dilated, *, rngs: nnx.Rngs,
-    ):
-        layers = _Layers(config.norm_num_groups, jnp.dtype(dtype), rngs, convolve)
+    def __init__(self, config: AutoencoderConfig, dtype: Any = jnp.float32, *, rngs: nnx.Rngs):
+        layers = _Layers(config.norm_num_groups, jnp.dtype(dtype), rngs)
         moments = 2 * config.latent_channels
         self.dtype = layers.dtype
         self.encoder = Encoder(config, layers)
@@ -304,12 +295,9 @@ class AutoencoderKL(nnx.Module):
         return self.decoder(latents).astype(jnp.float32)
 
 
-def abstract_model(
-    config: AutoencoderConfig, dtype: Any = jnp.float32,
-    convolve: Callable[..., jax.Array] = jax.lax.conv_general_dilated,
-) -> tuple[nnx.GraphDef, dict[str, Any]]:
+def abstract_model(config: AutoencoderConfig, dtype: Any = jnp.float32) -> tuple[nnx.GraphDef, dict[str, Any]]:
     """The graph of an AutoencoderKL and the tree of its parameters' shapes; nothing is allocated."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: AutoencoderKL(config, dtype, convolve, rngs=nnx.Rngs(0))))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: AutoencoderKL(config, dtype, rngs=nnx.Rngs(0))))
     return graphdef, nnx.to_pure_dict(state)
 
 
@@ -352,16 +340,8 @@ def batch_shards(batch: jax.Array) -> int:
     return math.ceil(batch.shape[0] / batch.sharding.shard_shape(batch.shape)[0])
 
 
-def convolve_on(devices: Collection[jax.Device]) -> Callable[..., jax.Array]:
-    """What convolves on these devices: SciPy's BLAS where they are one CPU that gains by it, else the compiler."""
-    by_blas = len(devices) == 1 and next(iter(devices)).platform == "cpu" and blas.gains()
-    return blas.convolve if by_blas else jax.lax.conv_general_dilated
-
-
 class Autoencoder:
     """An AutoencoderKL with its weights, ready to encode and decode batches of any sharding.
-
-    Batches on one CPU are convolved by SciPy's BLAS where that is quicker; results differ by rounding.
 
     Attributes:
       config: its sizes and scaling.
@@ -385,24 +365,18 @@ class Autoencoder:
         self.dtype = jnp.dtype(dtype)
         self._host_params = params
         self._params_on: dict[Any, dict[str, Any]] = {}
-        graph_of = functools.cache(lambda convolve: abstract_model(config, dtype, convolve)[0])
+        graphdef, _ = abstract_model(config, dtype)
 
         def to_uint8(model: AutoencoderKL, latents: jax.Array) -> jax.Array:
             images = model.decode(config.unscale(latents))
             return jnp.clip((images + 1.0) / 2.0 * 255.0, 0.0, 255.0).astype(jnp.uint8)
 
         def compiled(job: Callable[[AutoencoderKL, jax.Array], Any]) -> Callable[..., Any]:
-            def run(
-                params: dict[str, Any], batch: jax.Array, slice_size: int, shards: int,
-                convolve: Callable[..., jax.Array],
-            ) -> Any:  # fmt: skip
-                model = nnx.merge(graph_of(convolve), params)
+            def run(params: dict[str, Any], batch: jax.Array, slice_size: int, shards: int) -> Any:
+                model = nnx.merge(graphdef, params)
                 return map_slices(lambda part: job(model, part), batch, slice_size, shards)
 
-            program = jax.jit(run, static_argnums=(2, 3, 4))
-            return lambda batch, slice_size: program(
-                self.params(batch), batch, slice_size, batch_shards(batch), convolve_on(batch.devices())
-            )
+            return jax.jit(run, static_argnums=(2, 3))
 
         self._encode = compiled(AutoencoderKL.encode)
         self._decode = compiled(AutoencoderKL.decode)
@@ -427,7 +401,7 @@ class Autoencoder:
         images = jnp.asarray(images)
         if slice_size is None:
             slice_size = 1 if next(iter(images.devices())).platform == "cpu" else 8
-        return self._encode(images, slice_size)
+        return self._encode(self.params(images), images, slice_size, batch_shards(images))
 
     def decode(self, latents: jax.Array, slice_size: int = 1) -> jax.Array:
         """Images of unscaled latents (B,h,w,C); see `AutoencoderKL.decode`.
@@ -437,7 +411,7 @@ class Autoencoder:
           slice_size: latents that a device decodes at a time: one 512x512 image fits on any device that can train.
         """
         latents = jnp.asarray(latents)
-        return self._decode(latents, slice_size)
+        return self._decode(self.params(latents), latents, slice_size, batch_shards(latents))
 
     def __call__(self, latents: jax.Array) -> jax.Array:
         """`decode_uint8`."""
@@ -449,4 +423,4 @@ class Autoencoder:
         Truncation rather than rounding follows the authors' sampling code, on which published FIDs rest.
         """
         latents = jnp.asarray(latents)
-        return self._decode_uint8(latents, slice_size)
+        return self._decode_uint8(self.params(latents), latents, slice_size, batch_shards(latents))

@@ -1,15 +1,10 @@
-"""Products of matrices, and convolutions, by SciPy's BLAS, as part of programs that JAX compiles for the CPU.
+"""Products of matrices by SciPy's BLAS, as part of programs that JAX compiles for the CPU.
 
 On some processors the kernels that XLA multiplies with stay behind a tuned BLAS. JAX needs SciPy, so one is always
 there. A compiled program reaches it through XLA's foreign function interface (`jax.ffi`), whose C structures
 (xla/ffi/api/c_api.h in `jax.ffi.include_dir()`) are read with ctypes: no compiler is needed. A product is cut into one
 piece a core; each is one call, which holds no lock of Python's. The BLAS uses no threads of its own, which would wait
 for their next work in a busy loop while XLA computes.
-
-A convolution is a sum of products, one for each place of its kernel: of the image's pixels, moved by as much, and the
-kernel's matrix there. In memory a padded image that is moved is the same image from a later pixel on, so that nothing
-is copied; the BLAS adds each product to those before. With strides the image is first taken apart into as many, each
-of every so manieth row and column.
 """
 
 import atexit
@@ -19,7 +14,7 @@ import os
 import platform
 import queue
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,15 +26,6 @@ from sra_jax.models import operations
 
 TARGET = "sra_jax_product"
 """Begins the names under which compiled programs call this; which axes are summed over ends them."""
-
-CONVOLUTION = "sra_jax_convolution"
-"""The name under which they call it for a convolution."""
-
-FEWEST_CHANNELS = 32
-"""Channels in and out from which on a convolution is: products with fewer are not quick."""
-
-PIXELS = 2048
-"""About so many pixels of a convolution are computed at a time: they stay in a core's cache while it adds to them."""
 
 SMALLEST = 2e9
 """Operations from which on a product is worth the call, a tenth of a millisecond."""
@@ -105,52 +91,6 @@ def multiply(a: jax.Array, b: jax.Array, axes: Axes, precision: Any = None, dtyp
     return jax.ffi.ffi_call(_target(axes), result, vmap_method="sequential")(a, b)
 
 
-def convolve(
-    x: jax.Array, kernel: jax.Array, window_strides: Sequence[int], padding: Any, *,
-    dimension_numbers: jax.lax.ConvDimensionNumbers, **options: Any,
-) -> jax.Array:
-    """A convolution, for the place of `jax.lax.conv_general_dilated` in layers of `flax.nnx`; it has no gradient.
-
-    What is dilated or in groups, not float32, small, or of few channels, XLA computes.
-
-    Args:
-      x: (B,H,W,I).
-      kernel: (h,w,I,O).
-      window_strides, padding, dimension_numbers, options: as `jax.lax.conv_general_dilated` takes them.
-
-    Returns:
-      (B,H',W',O).
-    """
-    whole = functools.partial(
-        jax.lax.conv_general_dilated, x, kernel, window_strides, padding, dimension_numbers=dimension_numbers, **options
-    )
-    dilations = (*(options.get("lhs_dilation") or ()), *(options.get("rhs_dilation") or ()))
-    plain = {*dilations, options.get("feature_group_count", 1)} == {1} and x.ndim == 4
-    if not plain or dimension_numbers != _CHANNELS_LAST or {x.dtype, kernel.dtype} != {jnp.dtype(jnp.float32)}:
-        return whole()
-    height, width, inputs, outputs = kernel.shape
-    result = jax.eval_shape(whole)
-    if 2 * result.size * height * width * inputs < SMALLEST or min(inputs, outputs) < FEWEST_CHANNELS:
-        return whole()
-    register()
-    if isinstance(padding, str):
-        padding = jax.lax.padtype_to_pads(x.shape[1:3], (height, width), window_strides, padding)
-    down, across = window_strides
-    sizes = [sum(pads) + size for pads, size in zip(padding, x.shape[1:3], strict=True)]
-    rows, columns = -(-sizes[0] // down), -(-sizes[1] // across)
-    fill = [(first, last + more) for (first, last), more in zip(
-        padding, (rows * down - sizes[0], columns * across - sizes[1]), strict=True
-    )]  # fmt: skip
-    x = jnp.pad(x, ((0, 0), *fill, (0, 0))).reshape(-1, rows, down, columns, across, inputs)
-    x = x.transpose(0, 2, 4, 1, 3, 5)
-    wider = jax.ShapeDtypeStruct((x.shape[0], rows - (height - 1) // down, columns, outputs), jnp.float32)
-    made = jax.ffi.ffi_call(CONVOLUTION, wider, vmap_method="sequential")(x, kernel)
-    return made[:, : result.shape[1], : result.shape[2]]  # what comes after the last column was never written
-
-
-_CHANNELS_LAST = jax.lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
-
-
 @functools.cache
 def register() -> None:
     """Let compiled programs of this process call the BLAS; a program from JAX's cache needs it, too.
@@ -159,12 +99,9 @@ def register() -> None:
       LookupError, ImportError: `refusal` says why.
     """
     _library()
-    jobs: dict[str, _Job] = {CONVOLUTION: _convolve}
-    jobs |= {_target(axes): functools.partial(_compute, axes=axes) for axes in ((1, 0), (1, 1), (0, 0))}
-    for name, job in jobs.items():
-        _handlers.append(_handler(job))
-        call = ctypes.cast(_handlers[-1], ctypes.c_void_p)
-        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(call), platform="cpu")
+    for axes in ((1, 0), (1, 1), (0, 0)):
+        call = ctypes.cast(_handler(axes), ctypes.c_void_p)
+        jax.ffi.register_ffi_target(_target(axes), jax.ffi.pycapsule(call), platform="cpu")
     # Python may not end while a program is about to call it. A thread's programs run one after the other, so that the
     # last one waits for those before.
     on_cpu = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
@@ -258,55 +195,16 @@ def _compute(a: "_Buffer", b: "_Buffer", result: "_Buffer", axes: Axes) -> None:
 
     longer = max(rows, columns)
     step = -(-longer // (library.helpers + 1) // EDGE) * EDGE
-    _share(library, [[piece(start, min(start + step, longer))] for start in range(0, longer, step)])
-
-
-def _convolve(x: "_Buffer", kernel: "_Buffer", result: "_Buffer") -> None:
-    """Write the convolution of padded images (B,S,T,R,W,I), taken apart by strides S and T, and a kernel (h,w,I,O).
-
-    Pixels of an image are numbered row by row. For the result's p the kernel's place (i,j) takes pixel p + W (i//S) +
-    j//T of the image of rows i%S, S+i%S, ... and columns j%T, T+j%T, ... The last (w-1)//T of the result's W columns
-    are not written.
-    """
-    library = _library()
-    height, width, inputs, outputs = kernel.dims[:4]
-    images, rows, row = result.dims[0], result.dims[1], result.dims[2]
-    down, across = x.dims[1], x.dims[2]
-    cores = library.helpers + 1
-    count = -(-rows * row // PIXELS // cores) * cores
-    step = -(-rows // count)
-    to, of = (ctypes.byref(ctypes.c_int(size)) for size in (outputs, inputs))
-
-    def piece(image: int, first: int) -> list[tuple[Any, ...]]:
-        pixels = ctypes.byref(ctypes.c_int(min(step, rows - first) * row - (width - 1) // across))
-        at_result = result.data + 4 * outputs * (image * rows + first) * row
-        calls: list[tuple[Any, ...]] = []
-        for i in range(height):
-            for j in range(width):
-                of_image = (image * down + i % down) * across + j % across
-                at_x = x.data + 4 * inputs * ((of_image * x.dims[3] + first + i // down) * row + j // across)
-                at_kernel = kernel.data + 4 * inputs * outputs * (i * width + j)
-                added = _ONE if calls else _ZERO
-                calls.append((
-                    _AS_IT_IS, _AS_IT_IS, to, pixels, of, _ONE, at_kernel, to, at_x, of, added, at_result, to,
-                ))  # fmt: skip
-        return calls
-
-    _share(library, [piece(image, first) for image in range(images) for first in range(0, rows, step)])
-
-
-def _share(library: _Library, pieces: list[list[tuple[Any, ...]]]) -> None:
-    """Let all cores make the pieces, each of them calls one after the other."""
+    pieces = [piece(start, min(start + step, longer)) for start in range(0, longer, step)]
 
     def work() -> None:
         while True:
             try:
-                calls = pieces.pop()
+                arguments = pieces.pop()
             except IndexError:
                 return
             with library.cores:
-                for arguments in calls:
-                    library.sgemm(*arguments)
+                library.sgemm(*arguments)
 
     ended = queue.SimpleQueue[BaseException | None]()
 
@@ -383,11 +281,10 @@ class _CallFrame(ctypes.Structure):
 
 
 _Handler = ctypes.CFUNCTYPE(_Pointer, ctypes.POINTER(_CallFrame))
-_Job = Callable[[_Buffer, _Buffer, _Buffer], None]
-_handlers: list[Any] = []  # which keeps them alive
 
 
-def _handler(job: _Job) -> Any:
+@functools.cache  # which keeps it alive
+def _handler(axes: Axes) -> Any:
     def call(pointer: Any) -> Any:
         frame = pointer.contents
         try:
@@ -396,7 +293,7 @@ def _handler(job: _Job) -> Any:
                 metadata.version.major, metadata.version.minor, metadata.traits = version.major, version.minor, 0
             elif frame.stage == _EXECUTE:
                 a, b = (frame.arguments.buffers[place].contents for place in range(2))
-                job(a, b, frame.results.buffers[0].contents)
+                _compute(a, b, frame.results.buffers[0].contents, axes)
         except BaseException as error:  # JAX raises it where the result is asked for
             message = ctypes.c_char_p(f"a product by SciPy's BLAS: {error!r}".encode())
             arguments = _ErrorArguments(ctypes.sizeof(_ErrorArguments), None, message, _INTERNAL)

@@ -15,7 +15,6 @@ import pytest
 from sra_jax.distributed import sharding
 from sra_jax.errors import UserError
 from sra_jax.models import blas, operations
-from sra_jax.models.autoencoder import Autoencoder
 from sra_jax.planning.compiled import Program
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,59 +48,6 @@ def test_products_are_those_of_numpy(every_size, axes, rows, inner, columns):
     assert is_called(multiply, a, b)
     expected = np.tensordot(a.astype(np.float64), b.astype(np.float64), axes)
     np.testing.assert_allclose(jax.jit(multiply)(a, b), expected, atol=1e-5 * inner**0.5)
-
-
-@pytest.mark.parametrize("padding", ["SAME", "VALID", ((0, 2), (3, 1))])
-@pytest.mark.parametrize("strides", [(1, 1), (2, 2), (3, 1)])
-@pytest.mark.parametrize(
-    ("images", "height", "width", "inputs", "outputs", "size"),
-    [(1, 9, 7, 32, 40, (3, 3)), (3, 40, 60, 33, 32, (3, 3)), (2, 8, 8, 32, 32, (1, 1)), (2, 12, 9, 32, 33, (2, 5))],
-)
-def test_convolutions_are_those_of_the_compiler(
-    every_size, images, height, width, inputs, outputs, size, strides, padding
-):
-    x, kernel = normal(1, images, height, width, inputs), normal(2, *size, inputs, outputs)
-    of_last = jax.lax.conv_dimension_numbers(x.shape, kernel.shape, ("NHWC", "HWIO", "NHWC"))
-    options = {"window_strides": strides, "padding": padding, "dimension_numbers": of_last}
-    convolve = functools.partial(blas.convolve, **options)
-    assert blas.CONVOLUTION in jax.jit(convolve).lower(x, kernel).as_text()
-    expected = jax.lax.conv_general_dilated(x, kernel, **options, precision=HIGHEST)
-    made = jax.jit(lambda x: jax.lax.map(lambda x: convolve(x, kernel), jnp.stack([x, 2 * x])))(x)
-    np.testing.assert_allclose(made, jnp.stack([expected, 2 * expected]), atol=1e-5 * kernel[..., 0].size)
-    np.testing.assert_array_equal(made[0], convolve(x, kernel))
-
-
-@pytest.mark.parametrize(
-    ("shape", "options"),
-    [
-        ((1, 1, 32, 31), {}), ((3, 3, 32, 32), {"rhs_dilation": (2, 1)}),
-        ((3, 3, 16, 32), {"feature_group_count": 2}),
-        ((3, 3, 8, 32), {"dimension_numbers": ("NCHW", "HWIO", "NCHW")}),
-    ],
-)  # fmt: skip
-def test_other_convolutions_are_left_to_the_compiler(every_size, shape, options):
-    x, kernel = normal(1, 2, 8, 8, 32), normal(2, *shape)
-    options = {"window_strides": (1, 1), "padding": "SAME", "dimension_numbers": ("NHWC", "HWIO", "NHWC")} | options
-    options["dimension_numbers"] = jax.lax.conv_dimension_numbers(x.shape, kernel.shape, options["dimension_numbers"])
-    convolve = functools.partial(blas.convolve, **options)
-    assert blas.CONVOLUTION not in jax.jit(convolve).lower(x, kernel).as_text()
-    np.testing.assert_array_equal(
-        jax.jit(convolve)(x, kernel), jax.jit(functools.partial(jax.lax.conv_general_dilated, **options))(x, kernel)
-    )
-
-
-def test_an_autoencoder_convolves_with_it(every_size, tiny_vae, monkeypatch):
-    """Encoder and decoder, an image at a time; the few channels at both ends stay the compiler's."""
-    images, made = normal(1, 2, 16, 16, 3), {}
-    monkeypatch.setattr(blas, "FEWEST_CHANNELS", 8)
-    for gains in (True, False):
-        monkeypatch.setattr(blas, "gains", lambda gains=gains: gains)
-        autoencoder = Autoencoder(tiny_vae.config, tiny_vae.params)
-        mean, std = autoencoder.encode(images)
-        made[gains] = mean, std, autoencoder.decode(mean)
-    for found, expected in zip(made[True], made[False], strict=True):
-        np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-4)
-        assert not np.array_equal(found, expected)
 
 
 def test_gradients_within_a_loop_that_computes_blocks_again(every_size):
