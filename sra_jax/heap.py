@@ -32,18 +32,27 @@ _PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _ACCELERATORS = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/kfd")
 
 
-def tune(held: float = 0) -> None:
+_tuned_at_start = False
+"""Whether this process is a command that asked at its start; a program that calls a command's `main` is none."""
+
+
+def tune(held: float | None = None) -> None:
     """Replace this process by the same command with a tuned heap, where that can help; otherwise do nothing.
 
-    To be called by a command before it imports anything that takes time, and by one that trains again when it has read
-    its recipe, before it opens anything. It does nothing where an accelerator computes, where the C library cannot do
-    it, and where `GLIBC_TUNABLES` already says something else of what would be set
-    (`GLIBC_TUNABLES=glibc.malloc.hugetlb=0` therefore turns it off).
+    To be called by a command before it imports anything that takes time, and by one that trains again, with `held`,
+    when it has read its recipe, before it opens anything; without the first call the second does nothing. Neither does
+    anything where an accelerator computes, where the C library cannot do it, and where `GLIBC_TUNABLES` already says
+    something else of what would be set (`GLIBC_TUNABLES=glibc.malloc.hugetlb=0` therefore turns it off).
 
     Args:
       held: bytes that a step of the command holds at a time, about.
     """
-    environment = tuned(os.environ, held)
+    global _tuned_at_start
+    if held is None:
+        _tuned_at_start = True
+    elif not _tuned_at_start:
+        return
+    environment = tuned(os.environ, held or 0)
     if environment is not None:
         sys.stdout.flush()
         sys.stderr.flush()

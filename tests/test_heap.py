@@ -114,6 +114,12 @@ def test_main_decides_by_the_recipe(tmp_path, recipe, starts):
     assert done.stdout.splitlines() == ["start"] * starts
 
 
+@needs_glibc
+def test_a_program_that_calls_a_command_is_not_replaced(tmp_path):
+    text = "from sra_jax import heap; print('start'); heap.tune(2 * heap.LARGE); print('work')"
+    assert run(tmp_path, text, JAX_PLATFORMS="cpu") == ["start", "work"]
+
+
 def test_a_user_can_turn_it_off(tmp_path):
     lines = run(tmp_path, JAX_PLATFORMS="cpu", GLIBC_TUNABLES="glibc.malloc.hugetlb=0")
     assert lines == ["start ['--a=b c', 'd'] glibc.malloc.hugetlb=0", "read", "work"]
