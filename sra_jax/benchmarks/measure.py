@@ -46,6 +46,11 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def _ours(config: ConfigDict) -> Remote:
+    """Our side, which trains the recipe, started as main.py would be."""
+    return Remote("jax", config_lib.to_json(config), held=config_lib.held_by_a_step(config))
+
+
 def train_step(config: ConfigDict, peer: str, repeats: int, peer_tuned_heap: bool = False) -> dict[str, Any]:
     """Our step with the recipe's method and without, and the peer's with a full, a truncated and no teacher.
 
@@ -59,7 +64,7 @@ def train_step(config: ConfigDict, peer: str, repeats: int, peer_tuned_heap: boo
         memory[side] = alone.call("prepare", variant)["peak_memory_bytes"]
         alone.close()
         say(f"peak memory of {side} alone: {memory[side] / 1e9:.2f} GB")
-    ours = Remote("jax", text, held=held)
+    ours = _ours(config)
     compiled = ours.call("prepare", "method")
     ours.call("prepare", "baseline")
     calls = {
@@ -136,7 +141,7 @@ def growth(config: ConfigDict, repeats: int) -> dict[str, Any]:
         changed.update_from_flattened_dict(change)
         config_lib.check(changed)
         flops[name] = config_lib.step_flops(changed).total
-        sides[name] = Remote("jax", config_lib.to_json(changed), held=config_lib.held_by_a_step(changed))
+        sides[name] = _ours(changed)
         rows[name] = {"compile_seconds": sides[name].call("prepare", "method")["compile_seconds"]}
     steps = {name: functools.partial(side.call, "step", "method") for name, side in sides.items()}
     figures = alternate(steps, repeats, say)
@@ -157,8 +162,7 @@ def compile_times(config: ConfigDict, repeats: int) -> dict[str, Any]:
         for name, factor in (("as given", 1), ("depth x2", 2)):
             changed = config.copy_and_resolve_references()
             changed.model.depth *= factor
-            held = config_lib.held_by_a_step(changed)
-            side = Remote("jax", config_lib.to_json(changed), held=held)  # a process that has compiled nothing yet
+            side = _ours(changed)  # a process that has compiled nothing yet
             figures[name].append(side.call("compile", "method"))
             side.close()
     return {
@@ -261,7 +265,7 @@ def methods(
         plain = config_lib.step_flops(changed).total
         with changed.unlocked():
             changed.method.name = name
-        side = Remote("jax", config_lib.to_json(changed), held=config_lib.held_by_a_step(changed))
+        side = _ours(changed)
         compiled = side.call("flops", "method") / side.call("flops", "baseline")
         for variant in ("method", "baseline"):
             side.call("prepare", variant)
